@@ -1,0 +1,47 @@
+"""Configuration: models with types and units, YAML, overrides, one-line errors. Imports neither torch nor megatron."""
+
+from engine.config.base import Problem, Section, build, option
+from engine.config.command_line import parse
+from engine.config.model import ModelConfig, MoEConfig, YarnConfig
+from engine.config.parameters import count as parameter_count
+from engine.config.parameters import padded_vocab_size
+from engine.config.presets import PRESETS
+from engine.config.schema import Config
+from engine.config.sections import (
+    BatchSizeSchedule,
+    BlendEntry,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ParallelConfig,
+    SeqLengthStage,
+    TrainConfig,
+)
+from engine.config.yaml_io import dump_yaml, load_yaml
+
+__all__ = [
+    "PRESETS",
+    "BatchSizeSchedule",
+    "BlendEntry",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "Problem",
+    "Section",
+    "SeqLengthStage",
+    "TrainConfig",
+    "YarnConfig",
+    "build",
+    "dump_yaml",
+    "load_yaml",
+    "option",
+    "padded_vocab_size",
+    "parameter_count",
+    "parse",
+]

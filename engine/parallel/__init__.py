@@ -1,0 +1,1 @@
+"""Process groups (before the model), wrapping (after it), and the adaptor for machines without a GPU."""

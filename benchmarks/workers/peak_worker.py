@@ -1,0 +1,31 @@
+"""The peak that a CPU's MFU is measured against: the best rate of a large matrix product in a precision."""
+
+from __future__ import annotations
+
+from benchmarks.workers.protocol import serve
+
+
+def build(config: dict):
+    """Facts: {"fp32": FLOP/s, "bf16": FLOP/s}; the best of several shapes and repetitions, memory already touched."""
+    import time
+
+    import torch
+
+    torch.set_num_threads(config["threads"])
+    peaks = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        best = 0.0
+        for size in config["sizes"]:
+            a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+            out = torch.empty(size, size, dtype=dtype)
+            for right in (b, b.t()):
+                for _ in range(config["repeats"]):
+                    started = time.perf_counter()
+                    torch.mm(a, right, out=out)
+                    best = max(best, 2 * size**3 / (time.perf_counter() - started))
+        peaks[name] = best
+    return (lambda index: 0.0), peaks
+
+
+if __name__ == "__main__":
+    serve(build)

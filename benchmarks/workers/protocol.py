@@ -1,0 +1,161 @@
+"""One side of a side-by-side measurement is a process that is driven over pipes, and idle unless it is told to run.
+
+The parent writes JSON lines to the worker's stdin: its configuration first, then {"run": n} for n steps, {"reset": true}
+to forget the memory peak so far, and an end of file to stop. The worker answers each with a JSON line on stdout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# step(i) trains on global batch i and returns the batch's loss before the update, a float or a tensor.
+Step = Callable[[int], Any]
+
+ROOT = Path(__file__).resolve().parents[2]
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+# --- in the worker ---------------------------------------------------------------------------------------------------
+
+def serve(build: Callable[[dict], tuple[Step, dict]]) -> None:
+    """The worker's main loop. ``build(config) -> (step, facts)``; the facts go to the parent as they are."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print to stdout must not end up among the answers
+
+    def answer(**content: Any) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    config = json.loads(sys.stdin.readline())
+    step, facts = build(config)
+    answer(ready=True, **facts)
+    done = 0
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "run" in request:
+            started = time.perf_counter()
+            losses = [step(done + i) for i in range(request["run"])]
+            losses = [float(loss) for loss in losses]  # waits for a GPU, within the time measured
+            seconds = time.perf_counter() - started
+            done += request["run"]
+            answer(seconds=seconds, losses=losses, memory_gb=_peak_memory() / 1e9)
+        else:
+            _reset_peak_memory()
+            answer(reset=True)
+
+
+def _cuda():
+    """torch.cuda where it is in use; None otherwise."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+
+def _peak_memory() -> float:
+    """Bytes: the most that was allocated on the GPU, else the process's resident high-water mark."""
+    if cuda := _cuda():
+        return cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _reset_peak_memory() -> None:
+    if cuda := _cuda():
+        cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from now: compiling is over
+
+
+# --- in the parent ---------------------------------------------------------------------------------------------------
+
+class WorkerError(RuntimeError):
+    """A worker died; the message ends with what it last wrote to stderr."""
+
+
+class Worker:
+    """A worker process as the parent sees it. Construction returns when it is ready; ``startup_seconds`` is how long."""
+
+    def __init__(self, name: str, module: str, config: dict, *, threads: int):
+        self.name = name
+        self._stderr = tempfile.TemporaryFile("w+")
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
+                                    "TOKENIZERS_PARALLELISM": "false",
+                                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+        started = time.perf_counter()
+        self._process = subprocess.Popen([sys.executable, "-m", module], cwd=ROOT, env=environment, text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr)
+        self.facts = self._ask(config)
+        self.startup_seconds = time.perf_counter() - started
+
+    def run(self, steps: int) -> dict:
+        """Trains ``steps`` more global batches. -> {"seconds", "losses", "memory_gb"}."""
+        return self._ask({"run": steps})
+
+    def reset_memory(self) -> None:
+        self._ask({"reset": True})
+
+    def cpu_seconds(self) -> float:
+        """Processor time used so far, all threads; 0 where there is no /proc."""
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
+        return 0.0
+
+    def _ask(self, request: dict) -> dict:
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            self._stderr.seek(0)
+            tail = self._stderr.read()[-3000:].strip()
+            raise WorkerError(f"{self.name} ended with exit code {code}:\n{tail}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._stderr.close()
+
+
+def interleave(workers: Sequence[Worker], rounds: int, steps: int) -> tuple[dict[str, list[dict]], dict[str, float]]:
+    """``rounds`` times ``steps`` steps of each worker in turn, starting with another one each round.
+
+    -> (each worker's answers, each worker's share of a core while the others ran: about 0, or the result is worthless).
+    """
+    answers: dict[str, list[dict]] = {worker.name: [] for worker in workers}
+    idle_cpu = dict.fromkeys(answers, 0.0)
+    idle_time = dict.fromkeys(answers, 0.0)
+    for index in range(rounds):
+        shift = index % len(workers)
+        for worker in [*workers[shift:], *workers[:shift]]:
+            others = [other for other in workers if other is not worker]
+            time.sleep(0.02)  # OpenMP's threads spin for some milliseconds before they sleep
+            before, started = [other.cpu_seconds() for other in others], time.perf_counter()
+            answers[worker.name].append(worker.run(steps))
+            elapsed = time.perf_counter() - started
+            for other, cpu in zip(others, before, strict=True):
+                idle_cpu[other.name] += other.cpu_seconds() - cpu
+                idle_time[other.name] += elapsed
+    return answers, {name: idle_cpu[name] / idle_time[name] if idle_time[name] else 0.0 for name in answers}

@@ -1,0 +1,100 @@
+// engine_kernels._cpu: binds only. Every pointer is a tensor's data_ptr(); the launchers in kernels/engine_kernels/*.py
+// check shapes, dtypes and strides and allocate the outputs. The GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+
+#include "launch.h"
+
+namespace py = pybind11;
+using namespace mainspring;
+using Address = std::uintptr_t;
+
+template <class T>
+static T* at(Address address) { return reinterpret_cast<T*>(address); }
+
+static void rms_norm_fwd(int dtype, Address x, Address w, Address y, Address rstd, int64_t n, int64_t d,
+                         int64_t x_stride, float eps, float offset, int threads) {
+    RmsNorm a{};
+    a.dtype = dtype, a.d = d, a.x_stride = x_stride, a.eps = eps, a.offset = offset;
+    a.x = at<void>(x), a.w = at<float>(w), a.out = at<void>(y), a.rstd = at<float>(rstd);
+    split_rows(n, threads, [&](int64_t begin, int64_t end, int) { kernels().rms_norm_fwd(a, begin, end); });
+}
+
+static void rms_norm_bwd(int dtype, Address x, Address dy, Address w, Address rstd, Address dx, Address dw_partial,
+                         int64_t n, int64_t d, int64_t x_stride, int64_t dy_stride, float offset, int threads) {
+    RmsNorm a{};
+    a.dtype = dtype, a.d = d, a.x_stride = x_stride, a.dy_stride = dy_stride, a.offset = offset;
+    a.x = at<void>(x), a.dy = at<void>(dy), a.w = at<float>(w), a.out = at<void>(dx), a.rstd = at<float>(rstd);
+    a.dw_partial = at<float>(dw_partial);
+    split_rows(n, threads, [&](int64_t begin, int64_t end, int thread) {
+        kernels().rms_norm_bwd(a, begin, end, a.dw_partial + thread * d);
+    });
+}
+
+// strides: mixed s, b; q b, h, s; k b, h, s; v b, h, s; angles s, b.  sizes: s, b, groups, queries, d, half.
+static void split_rotary(bool forward, int dtype, Address mixed, Address q, Address k, Address v, Address cos,
+                         Address sin, const std::array<int64_t, 6>& sizes, const std::array<int64_t, 13>& strides,
+                         int threads) {
+    SplitRotary a{};
+    a.dtype = dtype;
+    a.s = sizes[0], a.b = sizes[1], a.groups = sizes[2], a.queries = sizes[3], a.d = sizes[4], a.half = sizes[5];
+    a.mixed_s = strides[0], a.mixed_b = strides[1];
+    a.q_b = strides[2], a.q_h = strides[3], a.q_s = strides[4];
+    a.k_b = strides[5], a.k_h = strides[6], a.k_s = strides[7];
+    a.v_b = strides[8], a.v_h = strides[9], a.v_s = strides[10];
+    a.angle_s = strides[11], a.angle_b = strides[12];
+    a.mixed = at<void>(mixed), a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v);
+    a.cos = at<float>(cos), a.sin = at<float>(sin);
+    auto kernel = forward ? kernels().split_rotary_fwd : kernels().split_rotary_bwd;
+    split_rows(a.s * a.b, threads, [&](int64_t begin, int64_t end, int) { kernel(a, begin, end); });
+}
+
+static void swiglu_fwd(int dtype, Address x, Address y, int64_t n, int64_t f, int64_t x_stride, int threads) {
+    SwiGlu a{};
+    a.dtype = dtype, a.f = f, a.x_stride = x_stride, a.x = at<void>(x), a.out = at<void>(y);
+    split_rows(n, threads, [&](int64_t begin, int64_t end, int) { kernels().swiglu_fwd(a, begin, end); });
+}
+
+static void swiglu_bwd(int dtype, Address x, Address dy, Address dx, int64_t n, int64_t f, int64_t x_stride,
+                       int64_t dy_stride, int threads) {
+    SwiGlu a{};
+    a.dtype = dtype, a.f = f, a.x_stride = x_stride, a.dy_stride = dy_stride;
+    a.x = at<void>(x), a.dy = at<void>(dy), a.out = at<void>(dx);
+    split_rows(n, threads, [&](int64_t begin, int64_t end, int) { kernels().swiglu_bwd(a, begin, end); });
+}
+
+static void cross_entropy_stats(int dtype, Address logits, Address labels, Address max, Address sum_exp, Address target,
+                                Address hit, int64_t n, int64_t v, int64_t valid, int64_t stride, int64_t vocab_start,
+                                int threads) {
+    CrossEntropy a{};
+    a.dtype = dtype, a.v = v, a.valid = valid, a.stride = stride, a.vocab_start = vocab_start;
+    a.logits = at<void>(logits), a.labels = at<int64_t>(labels), a.max = at<float>(max);
+    a.sum_exp = at<float>(sum_exp), a.target = at<float>(target), a.hit = at<uint8_t>(hit);
+    split_rows(n, threads, [&](int64_t begin, int64_t end, int) { kernels().cross_entropy_stats(a, begin, end); });
+}
+
+static void cross_entropy_grad(int dtype, Address logits, Address labels, Address max, Address sum_exp, Address weight,
+                               int64_t n, int64_t v, int64_t valid, int64_t stride, int64_t vocab_start, int threads) {
+    CrossEntropy a{};
+    a.dtype = dtype, a.v = v, a.valid = valid, a.stride = stride, a.vocab_start = vocab_start;
+    a.logits = at<void>(logits), a.labels = at<int64_t>(labels), a.max = at<float>(max);
+    a.sum_exp = at<float>(sum_exp), a.weight = at<float>(weight);
+    split_rows(n, threads, [&](int64_t begin, int64_t end, int) { kernels().cross_entropy_grad(a, begin, end); });
+}
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "Mainspring's CPU kernels: addresses, sizes, strides in elements, dtype code (0 fp32, 1 bf16), threads.";
+    auto def = [&m](const char* name, auto* function) { m.def(name, function, py::call_guard<py::gil_scoped_release>()); };
+    def("rms_norm_fwd", rms_norm_fwd);
+    def("rms_norm_bwd", rms_norm_bwd);
+    def("split_rotary", split_rotary);
+    def("swiglu_fwd", swiglu_fwd);
+    def("swiglu_bwd", swiglu_bwd);
+    def("cross_entropy_stats", cross_entropy_stats);
+    def("cross_entropy_grad", cross_entropy_grad);
+    m.def("instruction_set", [] { return kernels().name; }, "the instruction set in use: avx512, avx2 or plain");
+    m.def("use_instruction_set", &choose_kernels, "for tests: switch the whole process; False when it cannot run here");
+}

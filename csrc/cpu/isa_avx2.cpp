@@ -1,0 +1,21 @@
+// The kernels for processors with AVX2 and FMA (Haswell, Zen and later).
+#include "kernels.h"
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2")
+#endif
+#define ISA avx2
+#include "isa_body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+namespace mainspring {
+const Kernels kernels_avx2 = {"avx2", ISA::rms_norm_fwd, ISA::rms_norm_bwd, ISA::split_rotary_fwd, ISA::split_rotary_bwd,
+    ISA::swiglu_fwd, ISA::swiglu_bwd, ISA::cross_entropy_stats, ISA::cross_entropy_grad};
+}  // namespace mainspring
+#endif

@@ -1,0 +1,21 @@
+// The kernels for processors with AVX-512 (Skylake-SP, Zen 4 and later).
+#include "kernels.h"
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")
+#endif
+#define ISA avx512
+#include "isa_body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+namespace mainspring {
+const Kernels kernels_avx512 = {"avx512", ISA::rms_norm_fwd, ISA::rms_norm_bwd, ISA::split_rotary_fwd, ISA::split_rotary_bwd,
+    ISA::swiglu_fwd, ISA::swiglu_bwd, ISA::cross_entropy_stats, ISA::cross_entropy_grad};
+}  // namespace mainspring
+#endif

@@ -1,0 +1,38 @@
+// Megatron's `.idx` file: 9 bytes of magic, u64 version, u8 dtype code, u64 sequences, u64 document indices,
+// then i32 sizes[sequences], i64 byte pointers[sequences], i64 document indices[...], and for multimodal data
+// i8 modes[sequences]. All little-endian and, because the header has 34 bytes, unaligned.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+namespace mainspring {
+
+// An array somewhere in a mapped file; memcpy keeps unaligned loads defined (it compiles to one mov).
+template <class T>
+struct Unaligned {
+    const char* at;
+    T operator[](int64_t i) const {
+        T value;
+        std::memcpy(&value, at + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
+        return value;
+    }
+};
+
+struct Layout {
+    int dtype_code;
+    int64_t sequences, document_indices, tokens;
+    int64_t sizes_at, pointers_at, documents_at;  // byte offsets in the file
+};
+
+// Bytes of one token of Megatron's integer dtype codes (1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16), else 0.
+int item_size(int dtype_code);
+
+// Reads and checks every field; std::invalid_argument says what is wrong.
+Layout parse_index(const char* data, uint64_t length);
+
+// The file for documents of one sequence each, as Megatron's IndexedDatasetBuilder writes it.
+std::string index_bytes(Unaligned<int32_t> sizes, int64_t count, int dtype_code);
+
+}  // namespace mainspring

@@ -1,0 +1,163 @@
+"""Where checkpoints lie, and the protocol that makes them all-or-nothing.
+
+    <output_dir>/checkpoints/
+        latest_checkpointed_iteration.txt       the pointer, replaced last
+        iter_0000100/                           immutable once it has this name
+            sharded/                            Megatron's distributed checkpoint: weights and optimizer
+            rng/rank_00000.safetensors          random state of each rank
+            state.json                          step, data position, best loss, layout
+            config.yaml  tokenizer/             what evaluate and generate need besides weights
+            manifest.json                       SHA-256 of every file above
+
+A save writes ``iter_N.tmp/``, flushes and hashes it, renames it, and only then moves the pointer. A kill at any moment
+leaves the previous checkpoint and pointer as they were, and at most a ``.tmp`` folder that the next save removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from engine.errors import UserError
+
+POINTER = "latest_checkpointed_iteration.txt"
+_NAME = re.compile(r"iter_(\d{7,})$")
+_BUFFER = 8 << 20
+
+
+def root(output_dir: Path | str) -> Path:
+    """The checkpoints folder of a run."""
+    return Path(output_dir) / "checkpoints"
+
+
+def folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"iter_{step:07d}"
+
+
+def step_of(path: Path) -> int:
+    match = _NAME.search(path.name)
+    assert match, path
+    return int(match.group(1))
+
+
+def existing(checkpoints: Path) -> list[Path]:
+    """Finished checkpoints, oldest first. A folder without a manifest was not finished by us and does not count."""
+    if not checkpoints.is_dir():
+        return []
+    found = [p for p in checkpoints.iterdir() if p.is_dir() and _NAME.match(p.name) and (p / "manifest.json").exists()]
+    return sorted(found, key=step_of)
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The checkpoint that the pointer names; None when there is none at all.
+
+    Raises ``UserError`` when the pointer is missing, damaged or names a checkpoint that is not there although there
+    are others: starting again from step 0 in silence would be worse.
+    """
+    pointer, found = checkpoints / POINTER, existing(checkpoints)
+    if not pointer.exists():
+        if not found:
+            return None
+        raise UserError("the pointer file is missing, but there are checkpoints", where=str(pointer),
+                        fix=f"Continue from the newest with --resume_from_checkpoint {found[-1]}")
+    text = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    named = folder(checkpoints, int(text)) if text.isascii() and text.isdigit() else None
+    if named not in found:
+        fix = (f"Continue from the newest with --resume_from_checkpoint {found[-1]}" if found
+               else "Start afresh with --resume_from_checkpoint none")
+        raise UserError(f"holds {text[:40]!r}, which names no finished checkpoint", where=str(pointer), fix=fix)
+    return named
+
+
+def find(path: Path | str) -> Path:
+    """The checkpoint that a user's path means: a checkpoint itself, a checkpoints folder, or a run's folder.
+
+    Raises ``UserError`` when there is none.
+    """
+    path = Path(path)
+    if (path / "manifest.json").exists() and _NAME.search(path.resolve().name):
+        return path
+    for checkpoints in (path, root(path)):
+        if (checkpoints / POINTER).exists() or existing(checkpoints):
+            found = latest(checkpoints)
+            if found is not None:
+                return found
+    problem = "no checkpoint in this folder" if path.is_dir() else "no such folder"
+    raise UserError(problem, where=str(path), fix="Give a folder iter_NNNNNNN, or the output_dir of a run that saved one")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(_BUFFER):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Flushes a file, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small file in one step: readers see the old content or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+    fsync(path.parent)
+
+
+def publish(temporary: Path, final: Path, hashes: dict[str, str]) -> None:
+    """Turns a fully written temporary folder into a checkpoint, then moves the pointer to it."""
+    write_text(temporary / "manifest.json", json.dumps({"version": 1, "files": hashes}, indent=1, sort_keys=True))
+    for directory in {temporary, *(p for p in temporary.rglob("*") if p.is_dir())}:
+        fsync(directory)
+    temporary.rename(final)
+    fsync(final.parent)
+    write_text(final.parent / POINTER, f"{step_of(final)}\n")
+
+
+def verify(checkpoint: Path) -> None:
+    """Checks every file against the manifest. Raises ``UserError`` that names the first damaged, missing or added one."""
+    try:
+        files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot be read ({error})", where=str(checkpoint / "manifest.json"),
+                        fix="Use another checkpoint") from error
+    there = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()} - {"manifest.json"}
+    for name in sorted(there ^ set(files)):
+        raise UserError("is missing" if name in files else "is not part of the checkpoint",
+                        where=str(checkpoint / name), fix="Use another checkpoint: this one was changed after saving")
+    for name, expected in files.items():
+        if sha256(checkpoint / name) != expected:
+            raise UserError("does not match its SHA-256 in the manifest", where=str(checkpoint / name),
+                            fix="Use another checkpoint: this file is damaged")
+
+
+def clean_temporary(checkpoints: Path) -> None:
+    """Removes what saves that did not finish left behind."""
+    for path in checkpoints.glob("iter_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(checkpoints: Path, *, keep_last: int, keep: set[int]) -> list[Path]:
+    """Deletes all but the newest ``keep_last`` checkpoints and those of the steps in ``keep``. -> what was deleted."""
+    deleted = []
+    for path in existing(checkpoints)[:-keep_last]:
+        if step_of(path) not in keep:
+            doomed = path.with_name(path.name + ".tmp")  # a kill within the deletion leaves no half checkpoint
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+            deleted.append(path)
+    return deleted

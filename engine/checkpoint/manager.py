@@ -1,0 +1,135 @@
+"""Saving, resuming and retention: what a driver hands to the training loop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from engine.checkpoint import layout, rng, sharded
+from engine.config import Config, dump_yaml
+from engine.errors import UserError
+from engine.parallel.topology import Groups
+
+
+def _agree(groups: Groups, work: Callable[[], object], what: str) -> list:
+    """Runs ``work`` on every rank and gathers the results; a failure on one rank is raised on all, naming it."""
+    outcome, failure = None, None
+    try:
+        outcome = work()
+    except UserError as error:
+        failure = str(error)
+    except OSError as error:
+        failure = (f"{what}: rank {groups.rank}: {error.strerror or error} ({error.filename or ''}). Free some space or "
+                   "mend the permissions; earlier checkpoints are intact")
+    gathered: list = [None] * groups.world_size
+    dist.all_gather_object(gathered, (outcome, failure))
+    for _, problem in gathered:
+        if problem is not None:
+            raise UserError(problem)
+    return [result for result, _ in gathered]
+
+
+def _own_files(temporary: Path, rank: int) -> list[Path]:
+    """The files that this rank wrote: it alone hashes them, so that hashing scales with the ranks."""
+    files = [p for p in temporary.rglob("*") if p.is_file()]
+    shard_of = {p: p.name.split("_")[2] for p in files if p.suffix == ".distcp"}  # __<rank>_<n>.distcp
+    own = [p for p, owner in shard_of.items() if owner == str(rank)]
+    own.append(rng.path(temporary, rank))
+    if rank == 0:
+        own += [p for p in files if p not in shard_of and p.parent.name != "rng"]
+    return own
+
+
+class Checkpointer:
+    """Saves into and resumes from ``<output_dir>/checkpoints``. Every method is collective over all ranks."""
+
+    def __init__(self, cfg: Config, groups: Groups, *, tokenizer: Path | None, tokenizer_sha256: str | None,
+                 vocab_size: int):
+        self.cfg, self.groups, self.tokenizer = cfg, groups, tokenizer
+        self.identity = {"tokenizer_sha256": tokenizer_sha256, "vocab_size": vocab_size}
+        self.checkpoints = layout.root(cfg.output_dir)
+
+    def save(self, chunks, optimizer, state: dict) -> Path:
+        """Saves a checkpoint of ``state["step"]`` and prunes old ones. Refuses to replace an existing one."""
+        final = layout.folder(self.checkpoints, state["step"])
+        temporary = final.with_name(final.name + ".tmp")
+
+        def begin() -> None:
+            if self.groups.is_main:
+                if final.exists():
+                    raise UserError("this checkpoint exists and is not replaced", where=str(final),
+                                    fix="Choose another --output_dir, or move it away")
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                layout.clean_temporary(self.checkpoints)
+                (temporary / "sharded").mkdir(parents=True)
+                (temporary / "rng").mkdir()
+
+        what = f"saving {final}"
+        _agree(self.groups, begin, what)
+        _agree(self.groups, lambda: sharded.save(temporary / "sharded", chunks, optimizer, self.groups), what)
+        _agree(self.groups, lambda: self._save_rest(temporary, state), what)
+        hashes = _agree(self.groups, lambda: {str(p.relative_to(temporary)): layout.sha256(p)
+                                              for p in _own_files(temporary, self.groups.rank)}, what)
+
+        def end() -> None:
+            if self.groups.is_main:
+                layout.publish(temporary, final, {k: v for part in hashes for k, v in part.items()})
+                best = {state["best_step"]} if self.cfg.checkpoint.keep_best and state.get("best_step") else set()
+                layout.prune(self.checkpoints, keep_last=self.cfg.checkpoint.keep_last, keep=best)
+
+        _agree(self.groups, end, what)
+        return final
+
+    def _save_rest(self, temporary: Path, state: dict) -> None:
+        rng.save(temporary, self.groups.rank)
+        layout.fsync(rng.path(temporary, self.groups.rank))
+        if not self.groups.is_main:
+            return
+        parallel = self.cfg.parallel.model_dump() | {"world_size": self.groups.world_size}
+        record = {"version": 1, "train": state, "parallel": parallel, **self.identity}
+        layout.write_text(temporary / "state.json", json.dumps(record, indent=1))
+        layout.write_text(temporary / "config.yaml", dump_yaml(self.cfg))
+        if self.tokenizer is not None:
+            shutil.copytree(self.tokenizer, temporary / "tokenizer")
+            for path in (temporary / "tokenizer").rglob("*"):
+                layout.fsync(path)
+
+    def find_resume(self) -> Path | None:
+        """The checkpoint that ``resume_from_checkpoint`` means, None for a fresh start."""
+        wanted = self.cfg.resume_from_checkpoint
+        if wanted == "none":
+            if layout.existing(self.checkpoints):
+                raise UserError("holds checkpoints of an earlier run, which a fresh one would mix with its own",
+                                where=str(self.checkpoints), fix="Choose another --output_dir, or resume")
+            return None
+        return layout.latest(self.checkpoints) if wanted == "auto" else layout.find(wanted)
+
+    def load(self, path: Path, chunks, optimizer) -> dict:
+        """Restores weights, optimizer and random state from ``path``. -> the saved train state.
+
+        Raises ``UserError`` for a damaged checkpoint, another model, another tokenizer.
+        """
+        what = f"loading {path}"
+        _agree(self.groups, lambda: self.groups.is_main and layout.verify(path), what)
+        record = read_state(path)
+        for name, value in self.identity.items():
+            if record.get(name) not in (None, value):
+                raise UserError(f"was trained with another tokenizer ({name} {record[name]}, the data's {value})",
+                                where=str(path), fix="Use the data that was prepared with its tokenizer")
+        sharded.load(path / "sharded", chunks, optimizer, self.groups)
+        same_layout = record["parallel"] == self.cfg.parallel.model_dump() | {"world_size": self.groups.world_size}
+        if same_layout:
+            rng.load(path, self.groups.rank)
+        return record["train"]
+
+
+def read_state(path: Path) -> dict:
+    """The checkpoint's ``state.json``."""
+    try:
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read ({error})", where=str(path / "state.json"), fix="Use another checkpoint") from error

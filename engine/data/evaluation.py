@@ -1,0 +1,54 @@
+"""Rows for evaluation: each source in file order, cut every s tokens; a source's N tokens give N - 1 predictions.
+
+b rows of a batch, s tokens of a row, p pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine import _index
+from engine.data.prepared import PreparedSplit
+from engine.data.stream import check_vocabulary
+from engine.errors import UserError
+
+
+class EvaluationRows:
+    """All rows of the sources, one source behind another; ``len`` of them. UserError when nothing can be predicted."""
+
+    def __init__(self, splits: Sequence[PreparedSplit], seq_length: int):
+        for split in splits:
+            if split.dataset.num_tokens < 2:
+                raise UserError(f"{split.dataset.num_tokens} tokens, evaluation needs at least 2",
+                                where=str(split.dataset.bin_path), fix="Prepare a larger validation split")
+        self._splits, self._seq_length = splits, seq_length
+        predictions = np.array([split.dataset.num_tokens - 1 for split in splits], np.int64)
+        self._rows = -(-predictions // seq_length)
+        self._first = np.concatenate([[0], np.cumsum(self._rows)])
+        self._starts = [self._row_starts(split, int(rows)) for split, rows in zip(splits, self._rows, strict=True)]
+
+    def _row_starts(self, split: PreparedSplit, rows: int) -> np.ndarray:
+        in_file_order = np.arange(len(split.dataset), dtype=np.int64)
+        return _index.sample_starts(split.dataset.sizes, in_file_order, self._seq_length, rows)
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def read(self, row_b: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens_bs, labels_bs int64, loss_mask_bs float32); rows from ``count`` on are padding."""
+        tokens_bs = np.zeros((len(row_b), self._seq_length), np.int64)
+        labels_bs, mask_bs = np.zeros_like(tokens_bs), np.zeros(tokens_bs.shape, np.float32)
+        for number, split in enumerate(self._splits):
+            low, high = self._first[number], min(self._first[number + 1], count)
+            place_p = np.flatnonzero((row_b >= low) & (row_b < high))
+            if not len(place_p):
+                continue
+            own_p = row_b[place_p] - low
+            length_p = np.minimum(self._seq_length, split.dataset.num_tokens - 1 - own_p * self._seq_length)
+            columns = [self._starts[number][own_p], length_p[:, None], place_p[:, None] * self._seq_length]
+            seen = split.dataset.gather(None, np.concatenate(columns, axis=1), tokens_bs, labels_bs)
+            check_vocabulary(split.dataset.bin_path, seen, split.vocab_size)
+            mask_bs[place_p] = np.arange(self._seq_length) < length_p[:, None]
+        return tokens_bs, labels_bs, mask_bs

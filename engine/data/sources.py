@@ -1,0 +1,152 @@
+"""Raw input: which files are read, and in which order.
+
+The order is that of the inputs as given, then of the path below each input, whatever the file system lists first."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from engine.config.prepare import PrepareConfig
+from engine.errors import UserError
+
+FileKind = Literal["prose", "code", "jsonl"]
+
+PROSE = frozenset(".txt .text .md .markdown .rst .adoc .org .tex".split())
+CODE = frozenset(
+    """.py .pyi .pyx .c .h .cc .cpp .cxx .hh .hpp .hxx .cu .cuh .js .mjs .cjs .jsx .ts .tsx .rs .go .java .kt .kts
+    .scala .swift .m .mm .cs .fs .rb .php .pl .pm .lua .r .jl .hs .ml .mli .ex .exs .erl .clj .lisp .el .scm .dart .zig
+    .nim .sh .bash .zsh .fish .ps1 .sql .proto .cmake .mk .vue .svelte .v .sv .vhd .asm .s .f90 .f95 .f""".split()
+)
+JSONL = frozenset([".jsonl", ".ndjson"])
+NOT_YET = frozenset(".json .csv .tsv .parquet .arrow .gz .zst .zip .bz2 .xz .tar .pdf .html .htm .doc .docx".split())
+ALWAYS_EXCLUDED = ("__pycache__", "node_modules")
+READABLE = "Read are .txt .md .rst, source code (.py .c .js …) and .jsonl."
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file. ``name`` is its path below input number ``input`` and decides the order; ``direct``: named by the user."""
+
+    path: Path
+    input: int
+    name: str
+    kind: FileKind
+    direct: bool
+
+
+@dataclass
+class Listing:
+    """The files to read, in order, and what was passed over."""
+
+    files: list[SourceFile] = field(default_factory=list)
+    links_skipped: int = 0
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+
+
+def show(path: str | Path) -> str:
+    """A path as printable text, also where its name is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def kind_of(path: Path) -> FileKind | None:
+    """By suffix; None for a file that a folder's reader passes over."""
+    suffix = path.suffix.lower()
+    if suffix in PROSE:
+        return "prose"
+    if suffix in CODE or path.name in ("Makefile", "Dockerfile", "CMakeLists.txt"):
+        return "code"
+    return "jsonl" if suffix in JSONL else None
+
+
+def list_files(config: PrepareConfig) -> Listing:
+    """All files of all inputs. UserError for an input that is missing, empty, or holds nothing readable."""
+    listing = Listing()
+    seen: set[tuple[int, int]] = set()  # the same file through two inputs or two links is read once
+    for number, root in enumerate(config.input):
+        for file in _files_of(root, number, config, listing):
+            identity = file.path.stat()
+            if (identity.st_dev, identity.st_ino) not in seen:
+                seen.add((identity.st_dev, identity.st_ino))
+                listing.files.append(file)
+    return listing
+
+
+def _files_of(root: Path, number: int, config: PrepareConfig, listing: Listing) -> list[SourceFile]:
+    if not root.exists():
+        raise UserError("no such file or folder", where=show(root), fix="Check --input.")
+    if not root.is_dir():
+        return [SourceFile(root, number, show(root.name), _kind_of_direct(root), direct=True)]
+    names = sorted(_walk(root, config, listing), key=os.fsencode)
+    files = [
+        SourceFile(root / name, number, show(name), kind, direct=False)
+        for name in names
+        if (kind := kind_of(root / name)) is not None
+    ]
+    if not files:
+        _refuse_folder(root, names, listing)
+    return files
+
+
+def _kind_of_direct(path: Path) -> FileKind:
+    if not path.is_file():
+        raise UserError("neither a folder nor a regular file", where=show(path), fix="Check --input.")
+    if path.suffix.lower() in NOT_YET:
+        raise UserError(f"{path.suffix} files are not read", where=show(path), fix=f"Convert it to JSONL. {READABLE}")
+    return kind_of(path) or "prose"
+
+
+def _refuse_folder(root: Path, names: list[str], listing: Listing) -> NoReturn:
+    links = f" ({listing.links_skipped} symbolic links were not followed: --follow_symlinks)" if listing.links_skipped else ""
+    if not names:
+        raise UserError(f"the folder holds no files{links}", where=show(root), fix=READABLE)
+    suffixes = Counter(Path(name).suffix.lower() or "no suffix" for name in names)
+    most = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4))
+    raise UserError(
+        f"no readable text among {len(names)} files ({most}){links}", where=show(root), fix=f"{READABLE} Convert, or name a file."
+    )
+
+
+def _walk(root: Path, config: PrepareConfig, listing: Listing) -> Iterator[str]:
+    """Paths below ``root`` of its regular files, in no particular order."""
+    patterns = [*ALWAYS_EXCLUDED, *(pattern.rstrip("/") for pattern in config.exclude)]
+    ours = config.output.absolute()  # an output below an input must not become input of the next run
+    entered: set[tuple[int, int]] = set()
+    todo = [""]
+    while todo:
+        folder = todo.pop()
+        try:
+            identity = (root / folder).stat()
+            if (identity.st_dev, identity.st_ino) in entered:
+                continue
+            entered.add((identity.st_dev, identity.st_ino))
+            entries = sorted(os.scandir(root / folder), key=lambda entry: os.fsencode(entry.name), reverse=True)
+        except OSError as error:
+            listing.unreadable.append((show(root / folder), error.strerror or str(error)))
+            continue
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith(".") and not config.include_hidden:
+                continue
+            if any(fnmatchcase(entry.name, pattern) or fnmatchcase(name, pattern) for pattern in patterns):
+                continue
+            if entry.is_symlink() and not config.follow_symlinks:
+                listing.links_skipped += 1
+            elif entry.is_dir():
+                if (root / name).absolute() != ours:
+                    todo.append(name)
+            elif _is_regular(entry):
+                yield name
+
+
+def _is_regular(entry: os.DirEntry) -> bool:
+    try:
+        return stat.S_ISREG(entry.stat().st_mode)  # a FIFO or device would block the run; a dangling link has no stat
+    except OSError:
+        return False

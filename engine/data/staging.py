@@ -1,0 +1,99 @@
+"""A directory that appears whole or not at all: built beside its place, renamed into it at the end.
+
+For an output ``NAME`` the siblings are ``.NAME.preparing`` (being built, and locked by its builder) and
+``.NAME.replaced`` (the former one, for the instant between the two renames of a replacement).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.errors import UserError
+
+
+def _sibling(output: Path, role: str) -> Path:
+    output = output.absolute()
+    return output.with_name(f".{output.name}.{role}")
+
+
+@contextlib.contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """An empty directory to build in. Gone afterwards, unless `publish` moved it; what a kill left is removed first.
+
+    Raises UserError if another process is building the same output.
+    """
+    folder = _sibling(output, "preparing")
+    lock = _locked(folder, output)
+    try:
+        _clear(folder)
+        yield folder
+    finally:
+        if _is_same(folder, lock):
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Put ``folder`` in the place of ``output``, whatever was there. On disk when this returns."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+    replaced = _sibling(output, "replaced")
+    if output.exists():
+        os.rename(output, replaced)
+    os.rename(folder, output)
+    _sync(output.absolute().parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(output: Path) -> None:
+    """Bring back the former output where a kill hit between the two renames of `publish`."""
+    replaced = _sibling(output, "replaced")
+    if not replaced.exists():
+        return
+    with staged(output):  # holds the lock: nobody is between the two renames now
+        if replaced.exists() and not output.exists():
+            os.rename(replaced, output)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _locked(folder: Path, output: Path) -> int:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            fix = "Wait for it, or choose another --output."
+            raise UserError("another process is preparing this very directory", where=str(output), fix=fix) from None
+        if _is_same(folder, lock):
+            return lock
+        os.close(lock)  # its builder finished between our two calls
+
+
+def _is_same(folder: Path, lock: int) -> bool:
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(lock))
+    except FileNotFoundError:
+        return False
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,257 @@
+"""Tokenizers behind one interface: tokenizer.json (Hugging Face, read without transformers) and SentencePiece .model.
+
+``encode`` takes text for what it is: no token is added, and a document that spells out ``<|endoftext|>`` does not
+end there. A tokenizer's identity is ``sha256``, of its content, wherever it lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import tokenizers
+
+from engine.data.tokenizer_training import EOD, PAD, special_tokens, train_bpe, train_unigram
+from engine.errors import UserError
+
+# Looked for, in this order, where neither the user nor the tokenizer's own configuration names one.
+USUAL_EOD = (EOD, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
+CONFIG = "tokenizer_config.json"
+# Travel with a Hugging Face tokenizer; none of them changes an id.
+COMPANIONS = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+
+
+class Tokenizer(ABC):
+    """``vocab_size`` counts ids from 0, gaps included; ``eod_id`` ends every document of a prepared directory."""
+
+    vocab_size: int
+    eod_id: int
+    eod_token: str
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, nothing added; control tokens in the text are spelt out."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, specials included. Bytes that are not UTF-8 become U+FFFD."""
+
+    @abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by name (a special, say), None if there is none."""
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> None:
+        """Write what `load_tokenizer(directory)` reads back with the same ids and the same ``sha256``."""
+
+    @property
+    @abstractmethod
+    def _content(self) -> bytes: ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, nothing added."""
+        return self.encode_batch([text])[0]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the model and of the end-of-document token; the file's place and layout do not matter."""
+        return hashlib.sha256(self._content + b"\n" + self.eod_token.encode()).hexdigest()
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json. ``text`` is kept as it came, so that saving cannot change its hash."""
+
+    def __init__(self, text: str, *, where: str, config: dict | None = None, eod_token: str | None = None):
+        try:
+            self._model = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the binding raises nothing more precise
+            raise _not_a_tokenizer(where, str(error)) from None
+        self._text = text
+        self._config = config or {}
+        self.companions: dict[str, bytes] = {}
+        # None of these belongs into pretraining data, and a file can switch on each of them.
+        self._model.no_truncation()
+        self._model.no_padding()
+        self._model.encode_special_tokens = True
+        if getattr(self._model.model, "dropout", None):
+            self._model.model.dropout = None
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise _not_a_tokenizer(where, "its vocabulary is empty")
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eod_token = _find_eod(vocabulary, self._config, eod_token, where)
+        self.eod_id = vocabulary[self.eod_token]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode(list(ids), skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        return self._model.token_to_id(token)
+
+    def save(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.json").write_text(self._text, encoding="utf-8")
+        for name, content in self.companions.items():
+            (directory / name).write_bytes(content)
+        defaults: dict = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if self.token_id(PAD) is not None:
+            defaults["pad_token"] = PAD
+        _write_config(directory, defaults | {"eos_token": self.eod_token} | self._config, self.eod_token)
+
+    @property
+    def _content(self) -> bytes:
+        # Sorted and unspaced: a tokenizer.json that was only re-indented is the same tokenizer.
+        return json.dumps(json.loads(self._text), sort_keys=True, separators=(",", ":")).encode()
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece .model, unigram or BPE."""
+
+    def __init__(self, proto: bytes, *, where: str, config: dict | None = None, eod_token: str | None = None):
+        import sentencepiece  # only here: most tokenizers are tokenizer.json
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        except RuntimeError as error:
+            raise _not_a_tokenizer(where, str(error)) from None
+        self._proto = proto
+        self._config = config or {}
+        self.vocab_size = len(self._model)
+        if self.vocab_size == 0:
+            raise _not_a_tokenizer(where, "its vocabulary is empty")
+        vocabulary = {self._model.id_to_piece(i): i for i in range(self.vocab_size)}
+        named = self._config
+        if self._model.eos_id() >= 0 and not {"eod_token", "eos_token"} & named.keys():
+            named = {"eos_token": self._model.id_to_piece(self._model.eos_id())}
+        self.eod_token = _find_eod(vocabulary, named, eod_token, where)
+        self.eod_id = vocabulary[self.eod_token]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts), add_bos=False, add_eos=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(token) for token in ids])
+
+    def token_id(self, token: str) -> int | None:
+        found = self._model.piece_to_id(token)
+        return found if self._model.id_to_piece(found) == token else None
+
+    def save(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.model").write_bytes(self._proto)
+        _write_config(directory, {"eos_token": self.eod_token} | self._config, self.eod_token)
+
+    @property
+    def _content(self) -> bytes:
+        return self._proto
+
+
+def load_tokenizer(path: str | Path, *, eod_token: str | None = None) -> Tokenizer:
+    """From a tokenizer.json, a SentencePiece .model, or a directory (Hugging Face's or a prepared one) that holds one.
+
+    Raises UserError if it is missing, not a tokenizer, or has no end-of-document token and none is given.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError("no such tokenizer", where=str(path), fix="Give a tokenizer.json, a directory or a .model file.")
+    file = _file_in(path) if path.is_dir() else path
+    try:
+        content = file.read_bytes()
+        config = _config_beside(file, path.is_dir())
+    except OSError as error:
+        raise UserError(error.strerror or str(error), where=str(file), fix="Check its permissions.") from None
+    if file.suffix == ".model":
+        return SentencePieceTokenizer(content, where=str(file), config=config, eod_token=eod_token)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise _not_a_tokenizer(str(file), "it is no text") from None
+    tokenizer = HuggingFaceTokenizer(text, where=str(file), config=config, eod_token=eod_token)
+    if path.is_dir():
+        found = {name: file.with_name(name) for name in COMPANIONS}
+        tokenizer.companions = {name: beside.read_bytes() for name, beside in found.items() if beside.is_file()}
+    return tokenizer
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    kind: Literal["bpe", "unigram"] = "bpe",
+    *,
+    specials: int = 16,
+    eod_token: str = EOD,
+) -> Tokenizer:
+    """Train a byte-level tokenizer: ``decode(encode(text)) == text`` for any text, whatever it was trained on.
+
+    ``vocab_size`` (tokens) includes the ``specials`` and the 256 bytes; with little text fewer are learned.
+    Raises UserError if there is no room for those.
+    """
+    names = special_tokens(specials, eod_token)
+    if vocab_size < 256 + len(names):
+        problem = f"{vocab_size} is too small for 256 bytes and {len(names)} special tokens"
+        raise UserError(problem, where="vocab_size", fix=f"Set it to at least {256 + len(names)}.")
+    train = {"bpe": train_bpe, "unigram": train_unigram}[kind]
+    model = train(texts, vocab_size, names)
+    return HuggingFaceTokenizer(model.to_str(pretty=True), where=f"trained {kind} tokenizer", eod_token=eod_token)
+
+
+def _find_eod(vocabulary: dict[str, int], config: dict, wanted: str | None, where: str) -> str:
+    if wanted is not None:
+        if wanted not in vocabulary:
+            raise UserError(f"no token {wanted!r} to end documents with", where=where, fix="Set --eod_token to one it has.")
+        return wanted
+    for name in ("eod_token", "eos_token"):
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token in vocabulary:
+            return token
+    for token in USUAL_EOD:
+        if token in vocabulary:
+            return token
+    raise UserError("has no end-of-document token that we know", where=where, fix="Name one of its tokens with --eod_token.")
+
+
+def _file_in(directory: Path) -> Path:
+    for folder in (directory, directory / "tokenizer"):
+        for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+            if (folder / name).is_file():
+                return folder / name
+    raise UserError(
+        "holds no tokenizer.json and no tokenizer.model", where=str(directory),
+        fix="Save one there with transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…).",
+    )  # fmt: skip
+
+
+def _config_beside(file: Path, in_directory: bool) -> dict:
+    # A single file stands for itself: what lies beside it may belong to something else.
+    beside = file.with_name(CONFIG)
+    if not in_directory or not beside.is_file():
+        return {}
+    try:
+        config = json.loads(beside.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON ({error})", where=str(beside), fix="Mend it, or give the tokenizer file itself.") from None
+    if not isinstance(config, dict):
+        raise UserError("not a JSON object", where=str(beside), fix="Mend it, or give the tokenizer file itself.")
+    return config
+
+
+def _write_config(directory: Path, config: dict, eod_token: str) -> None:
+    text = json.dumps(config | {"eod_token": eod_token}, indent=2, ensure_ascii=False)
+    (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _not_a_tokenizer(where: str, detail: str) -> UserError:
+    fix = "Give a tokenizer.json, a directory that holds one, or a SentencePiece .model."
+    return UserError(f"not a tokenizer ({detail[:200]})", where=where, fix=fix)

@@ -1,0 +1,87 @@
+"""Training a byte-level tokenizer, deterministically: the same texts in the same order give the same bytes on disk."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+EOD = "<|endoftext|>"
+PAD = "<|pad|>"
+TURN = ("<|im_start|>", "<|im_end|>")
+
+# Llama 3's split, known to llama.cpp by name. On the standard library's source it gives 5% fewer tokens than
+# GPT-2's and trains in half the time, because an indent is not a word of its own.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Longer pieces of text would only make the trainer hold more at once.
+_PIECE = 1_000_000
+
+
+def special_tokens(count: int, eod: str = EOD) -> list[str]:
+    """``count`` specials in the order of their ids: end of document (0), padding, chat turns, reserved ones."""
+    named = [eod, PAD, *TURN]
+    return named + [f"<|reserved_{number}|>" for number in range(count - len(named))]
+
+
+def alphabet() -> list[str]:
+    """The 256 characters that stand for the bytes."""
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), _PIECE):
+            yield text[start : start + _PIECE]
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, specials: list[str]) -> tokenizers.Tokenizer:
+    """Byte-pair encoding. The vocabulary is smaller than asked for where the texts hold too few pairs."""
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(_pieces(texts), trainer)
+    return tokenizer
+
+
+def train_unigram(texts: Iterable[str], vocab_size: int, specials: list[str]) -> tokenizers.Tokenizer:
+    """Unigram language model, trained by SentencePiece: `tokenizers`' own trainer gave another vocabulary on every run.
+
+    SentencePiece sees the words that the tokenizer will see, with their counts, and only finds the pieces.
+    """
+    import sentencepiece  # not needed by the default kind
+
+    split = _byte_level(models.BPE()).pre_tokenizer
+    words = Counter(word for text in _pieces(texts) for word, _ in split.pre_tokenize_str(text))
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(f"{word}\t{count}" for word, count in sorted(words.items())),
+        input_format="tsv", model_writer=trained, model_type="unigram", vocab_size=vocab_size - len(specials) + 1,
+        hard_vocab_limit=False, required_chars="".join(alphabet()), character_coverage=1.0,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        split_by_unicode_script=False, split_by_whitespace=False, split_by_number=False,
+        bos_id=-1, eos_id=-1, pad_id=-1, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    model = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    learned = [(model.id_to_piece(i), model.get_score(i)) for i in range(len(model)) if not model.is_unknown(i)]
+    tokenizer = _byte_level(models.Unigram([(token, 0.0) for token in specials] + learned))
+    tokenizer.add_special_tokens(specials)
+    return tokenizer

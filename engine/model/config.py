@@ -1,0 +1,118 @@
+"""The user's configuration as Megatron's ``TransformerConfig``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from engine.config import Config
+from engine.errors import UserError
+
+
+@dataclass
+class ModelSettings(TransformerConfig):
+    """``TransformerConfig`` plus what the engine's own modules read.
+
+    ``kernel_impl``: "auto" picks the fastest kernel, "torch" the plain reference. ``vocab_size``: real tokens, without
+    the padding rows. ``rotary_base`` and ``rotary_dim``: base and number of rotated dimensions of a head.
+    """
+
+    kernel_impl: str = "auto"
+    vocab_size: int = 0
+    rotary_base: float = 10000.0
+    rotary_dim: int = 0
+
+
+def cpu_multiplies_faster_in_bf16() -> bool:
+    """Whether this CPU has bf16 dot products (AVX512-BF16 or AMX); without them bf16 is emulated and slower."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("amx_tile"))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of parameters and activations: "auto" is bf16 wherever the processor multiplies faster in it."""
+    if precision == "auto":
+        faster = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_multiplies_faster_in_bf16()
+        return torch.bfloat16 if faster else torch.float32
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError("fp16 needs a GPU", where="train.precision", fix="Use bf16 or fp32 on a CPU")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:
+    """``vocab_size`` rounded up to a multiple of ``multiple * tensor``, so that every tensor rank has equal rows."""
+    step = multiple * tensor
+    return (vocab_size + step - 1) // step * step
+
+
+def _parallel_settings(cfg: Config, dtype: torch.dtype) -> dict:
+    p = cfg.parallel
+    interleaved = p.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": p.tensor,
+        "pipeline_model_parallel_size": p.pipeline,
+        "virtual_pipeline_model_parallel_size": p.virtual_pipeline if interleaved else None,
+        "context_parallel_size": p.context,
+        "expert_model_parallel_size": p.expert,
+        "expert_tensor_parallel_size": p.expert_tensor or p.tensor,
+        "sequence_parallel": p.sequence_parallel,
+        "pipeline_dtype": dtype,
+        # Batched point-to-point with two interleaved ranks swaps activations and gradients (see DESIGN).
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
+
+
+def _recompute_settings(mode: str) -> dict:
+    if mode == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if mode == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def build(cfg: Config, vocab_size: int, dtype: torch.dtype) -> ModelSettings:
+    """Megatron's configuration for ``cfg``. ``vocab_size`` is the tokenizer's; ``dtype`` that of the parameters."""
+    m = cfg.model
+    head_dim = m.head_dim or m.hidden_size // m.num_attention_heads
+    return ModelSettings(
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        num_attention_heads=m.num_attention_heads,
+        num_query_groups=m.num_query_groups or m.num_attention_heads,
+        kv_channels=head_dim,
+        ffn_hidden_size=m.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=m.norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=m.attention_bias,
+        qk_layernorm=m.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        use_te_activation_func=m.backend != "te",
+        hidden_dropout=m.dropout,
+        attention_dropout=m.dropout,
+        init_method_std=m.init_std,
+        # Weights are initialised by parameter name (engine/model/init.py), the same under every layout.
+        perform_initialization=False,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        # The loss is normalised by the supervised tokens of the whole global batch.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        kernel_impl="torch" if m.backend == "reference" else "auto",
+        vocab_size=vocab_size,
+        rotary_base=m.rotary_base,
+        rotary_dim=int(head_dim * m.rotary_percent) // 2 * 2,
+        **_parallel_settings(cfg, dtype),
+        **_recompute_settings(cfg.train.recompute),
+    )

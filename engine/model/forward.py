@@ -1,0 +1,90 @@
+"""One pass of micro-batches through Megatron's schedules: what training and evaluation share.
+
+The loss is a plain sum over supervised tokens; gradients are divided by the supervised tokens of the whole global
+batch when Megatron finalises them. So neither the micro-batch size nor the number of ranks nor uneven masks change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from engine.data.loader import Batch
+from engine.parallel.topology import Groups
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Over a global batch, all ranks: summed cross-entropy (nats), supervised tokens, exact predictions among them."""
+
+    loss_sum: float
+    tokens: int
+    correct: int
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.tokens if self.tokens else float("nan")
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.tokens if self.tokens else float("nan")
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(self.loss_sum + other.loss_sum, self.tokens + other.tokens, self.correct + other.correct)
+
+
+def _forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module):
+    """Megatron's contract: one micro-batch forward -> (output, function of the output that gives the loss)."""
+    batch = next(data_iterator)
+    device = next(model.parameters()).device
+    moved = [x.to(device, non_blocking=True)
+             for x in (batch.tokens_bs, batch.position_ids_bs, batch.labels_bs, batch.loss_mask_bs)]
+    tokens, positions, labels, mask = moved
+    output = model(tokens, positions, None, labels=labels, loss_mask=mask)
+
+    def loss_function(output: torch.Tensor):
+        # An integer, since Megatron adds the counts in int32; masks are 0 or 1.
+        count = (mask > 0).sum().to(torch.int)
+        sums = torch.stack([output[0].detach().double(), count.double(), output[1].detach().double()])
+        return output[0], count, sums
+
+    return output, loss_function
+
+
+def run(
+    chunks: list[torch.nn.Module],
+    batches: Iterable[Batch],
+    groups: Groups,
+    *,
+    num_micro_batches: int,
+    micro_batch_size: int,
+    seq_length: int,
+    forward_only: bool,
+) -> LossSums:
+    """Forward (and backward) over this rank's micro-batches; the sums are those of all ranks.
+
+    Every virtual pipeline chunk reads the same micro-batches, so they are drawn once and replayed to each.
+    """
+    drawn = list(batches)
+    assert len(drawn) == num_micro_batches, (len(drawn), num_micro_batches)
+    iterators = [iter(drawn) for _ in chunks]
+    outputs = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=num_micro_batches,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    sums = torch.zeros(3, dtype=torch.float64, device=groups.device)
+    if groups.is_loss_rank:  # one tensor rank of the last stage speaks for its data-parallel replica
+        sums += torch.stack(list(outputs)).sum(0)
+    if groups.world_size > 1:
+        dist.all_reduce(sums)
+    loss_sum, tokens, correct = sums.tolist()
+    return LossSums(loss_sum, int(tokens), int(correct))

@@ -1,0 +1,38 @@
+"""Megatron's GPT with the engine's loss head: labels in, loss sum out, no logits in between."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from engine.losses.next_token import next_token_loss
+
+
+class GPT(GPTModel):
+    """A decoder-only language model.
+
+    ``forward(tokens_bs, position_ids_bs, None, labels=…, loss_mask=…)`` returns on the last pipeline stage a tensor
+    [loss sum, correctly predicted tokens]; without labels the logits [b, s, v]; elsewhere the hidden states [s, b, h].
+    """
+
+    def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, loss_mask=None, **kwargs):
+        if not self.post_process or labels is None:
+            return super()._postprocess(hidden_states, input_ids, position_ids, labels, *args, **kwargs)
+        tied = self.share_embeddings_and_output_weights
+        weight_vh = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        tp_group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_sbh = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
+        else:
+            hidden_sbh = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+        scale = 1.0
+        if self.training and self.config.grad_scale_func is not None:
+            scale = self.config.grad_scale_func(torch.ones((), device=hidden_sbh.device))
+        loss_sum, correct = next_token_loss(
+            hidden_sbh.flatten(0, 1), weight_vh, labels.t().reshape(-1), loss_mask.t().reshape(-1),
+            vocab_size=self.config.vocab_size, tp_group=tp_group, scale=scale, impl=self.config.kernel_impl)
+        return torch.stack([loss_sum, correct.to(loss_sum.dtype)])

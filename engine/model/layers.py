@@ -1,0 +1,110 @@
+"""The modules that the engine plugs into Megatron's transformer layer: norm, activation, residual, linear layers.
+
+s sequence, b batch, h hidden, f feed-forward width; every width is this tensor rank's share where it is parallel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear as MegatronColumnParallelLinear
+from megatron.core.tensor_parallel import RowParallelLinear as MegatronRowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    _gather_along_first_dim,
+    _reduce_scatter_along_first_dim,
+)
+from megatron.core.transformer.module import MegatronModule
+
+from engine.model.config import ModelSettings
+from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
+from engine_kernels.rms_norm import rms_norm
+from engine_kernels.swiglu import swiglu
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight over the last dimension, statistics in fp32."""
+
+    def __init__(self, config: ModelSettings, hidden_size: int, eps: float = 1e-5, **_ignored):
+        super().__init__()
+        self.eps = eps
+        self.impl = config.kernel_impl
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Under sequence parallelism each rank sees a part of the tokens: Megatron sums marked gradients over ranks.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x_sbh: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x_sbh, self.weight, eps=self.eps, impl=self.impl)
+
+
+class SwiGLU(MegatronModule):
+    """silu(gate) * up of [gate | up] in the last dimension. A MegatronModule so that checkpoints can walk it."""
+
+    def forward(self, x_sb2f: torch.Tensor) -> torch.Tensor:
+        return swiglu(x_sb2f, impl=self.config.kernel_impl)
+
+
+def residual_add(training: bool, fused: bool):
+    """Megatron's "bias, dropout, add" slot without its cost when there is no dropout."""
+
+    def add(x_with_bias, residual_sbh, dropout: float):
+        x_sbh, bias_h = x_with_bias
+        if bias_h is not None:
+            x_sbh = x_sbh + bias_h
+        if dropout > 0.0 and training:
+            x_sbh = torch.nn.functional.dropout(x_sbh, p=dropout)
+        return residual_sbh + x_sbh
+
+    return add
+
+
+class _ParallelLinear(torch.autograd.Function):
+    """y = x wᵀ with Megatron's tensor- and sequence-parallel communication, products through ``engine_kernels``.
+
+    The communication is Megatron's ``LinearWithGradAccumulationAndAsyncCommunication``; the products are ours, since
+    torch's fp32 product on AMD processors runs at half of what oneDNN reaches.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, allreduce_dgrad, sequence_parallel, tp_group):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias, ctx.tp_group = bias is not None, tp_group
+        ctx.allreduce_dgrad, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
+        total = _gather_along_first_dim(x, tp_group) if sequence_parallel else x
+        return matmul_nt(total, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight = ctx.saved_tensors
+        grad_y = grad_y.contiguous()
+        grad_x = matmul_nn(grad_y, weight)
+        handle = None
+        if ctx.allreduce_dgrad:  # runs while the weight gradient is computed
+            handle = dist.all_reduce(grad_x, group=ctx.tp_group, async_op=True)
+        total = _gather_along_first_dim(x, ctx.tp_group) if ctx.sequence_parallel else x
+        grad_weight = matmul_tn(grad_y, total) if ctx.needs_input_grad[1] else None
+        grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.has_bias else None
+        if handle is not None:
+            handle.wait()
+        if ctx.sequence_parallel:
+            grad_x = _reduce_scatter_along_first_dim(grad_x, ctx.tp_group)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _forward_impl(input, weight, bias, allreduce_dgrad, sequence_parallel, tp_group, **_ignored):
+    return _ParallelLinear.apply(input, weight, bias, allreduce_dgrad, sequence_parallel, tp_group)
+
+
+class ColumnParallelLinear(MegatronColumnParallelLinear):
+    """Megatron's layer, output features split over tensor ranks; the engine's products inside."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._forward_impl = _forward_impl
+
+
+class RowParallelLinear(MegatronRowParallelLinear):
+    """Megatron's layer, input features split over tensor ranks; the engine's products inside."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._forward_impl = _forward_impl

@@ -1,0 +1,177 @@
+"""Makes megatron-core run on machines without a GPU.
+
+Megatron-core 0.16 names CUDA everywhere: ``device="cuda"`` literals, ``torch.cuda.current_device()``, streams, RNG
+states, string comparisons with ``"torch.cuda.FloatTensor"``. Instead of patching torch for the whole process, every
+``megatron.core`` module gets a *view* of torch in place of its global ``torch``: a module object with the same
+attributes, whose factory functions read "cuda" as "cpu" and whose ``cuda`` namespace does nothing. User code, our code
+and torch itself see the real torch, and no call pays for an interception.
+
+Only ``Tensor.cuda`` and ``Module.cuda`` are methods of torch's own classes and are replaced for the process; without a
+GPU they could only raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import types
+
+import megatron.core
+import torch
+
+from engine.errors import UserError
+
+TESTED = ("0.16.1",)
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "rand", "randn", "arange", "zeros_like", "ones_like",
+              "empty_like", "full_like", "as_tensor", "linspace", "eye")
+_view: types.ModuleType | None = None
+
+
+class _Nothing:
+    """A stream, event or device guard of a machine that has none: every method exists and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return False
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other) -> float:
+        return 0.0
+
+
+def _is_cuda(device) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _on_cpu(factory):
+    @functools.wraps(factory)
+    def call(*args, **kwargs):
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _module_view(module: types.ModuleType, overrides: dict) -> types.ModuleType:
+    """A module with ``module``'s attributes and ``overrides`` on top; lazily loaded attributes are looked up behind."""
+    view = types.ModuleType(module.__name__)
+    view.__dict__.update(module.__dict__)
+    view.__dict__.update(overrides)
+    view.__getattr__ = lambda name: getattr(module, name)
+    return view
+
+
+def _build_view() -> types.ModuleType:
+    get_state = lambda device=None: torch.get_rng_state()  # noqa: E731
+    set_state = lambda state, device=None: torch.set_rng_state(state)  # noqa: E731
+    nvtx = types.SimpleNamespace(range_push=lambda *a: None, range_pop=lambda *a: None)
+    cuda = _module_view(torch.cuda, {
+        "current_device": lambda: "cpu",
+        "set_device": lambda device: None,
+        "device_count": lambda: 1,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "Stream": _Nothing,
+        "Event": _Nothing,
+        "stream": _Nothing,
+        "device": _Nothing,
+        "current_stream": lambda device=None: _Nothing(),
+        "default_stream": lambda device=None: _Nothing(),
+        "manual_seed": torch.manual_seed,
+        "manual_seed_all": torch.manual_seed,
+        "get_rng_state": get_state,
+        "set_rng_state": set_state,
+        "random": types.SimpleNamespace(get_rng_state=get_state, set_rng_state=set_state),
+        "nvtx": nvtx,
+    })
+    factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
+    return _module_view(torch, {"cuda": cuda, **factories})
+
+
+def _clip_grad_by_total_norm(parameters, max_norm, total_norm, use_decoupled_grad: bool = False) -> None:
+    """Megatron's function without its assertion that a gradient is a ``torch.cuda.FloatTensor``."""
+    grads = [p.grad.detach() for p in parameters if p.grad is not None]
+    coefficient = max_norm / (total_norm + 1.0e-6)
+    if coefficient < 1.0 and grads:
+        torch._foreach_mul_(grads, coefficient)
+
+
+def _patch_functions() -> None:
+    """The places where a view of torch is not enough."""
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    for module in (clip_grads, optimizer):
+        module.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
+    if not hasattr(moe_utils, "te_general_gemm"):  # a NameError there when Transformer Engine is absent
+        moe_utils.te_general_gemm = None
+
+    def to_numpy(tensor, as_numpy: bool = False, record_stream: bool = False):
+        # Megatron's version converts CUDA tensors only, and the all-to-all dispatcher then lacks its numpy splits.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    for module in (moe_utils, token_dispatcher):
+        if hasattr(module, "maybe_move_tensor_to_cpu"):
+            module.maybe_move_tensor_to_cpu = to_numpy
+
+
+def install() -> None:
+    """Installs the adaptor, or extends it to megatron modules imported since. Does nothing where there is a GPU.
+
+    Raises ``UserError`` for a megatron-core version that was not tested.
+    """
+    global _view
+    if torch.cuda.is_available():
+        return
+    if megatron.core.__version__ not in TESTED:
+        raise UserError(
+            f"megatron-core {megatron.core.__version__} was not tested on CPU", where="engine.parallel.cpu",
+            fix=f"Install one of: {', '.join(f'megatron-core=={v}' for v in TESTED)}")
+    if _view is None:
+        _view = _build_view()
+        _patch_functions()
+        torch.Tensor.cuda = lambda self, *args, **kwargs: self
+        torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = _view
+
+
+@contextlib.contextmanager
+def cuda_type_names():
+    """Within, ``tensor.type()`` says ``torch.cuda.FloatTensor`` of CPU tensors.
+
+    The mixed-precision optimizers sort parameters by these strings when they are built and when they gather state.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    original = torch.Tensor.type
+
+    def named(self, *args, **kwargs):
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = named
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original

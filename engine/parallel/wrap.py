@@ -1,0 +1,45 @@
+"""Parallelism around the built model, as an ordered list: half precision, data parallelism."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module
+
+from engine.config import Config
+from engine.parallel.topology import Groups
+
+
+def ddp_config(cfg: Config, groups: Groups) -> DistributedDataParallelConfig:
+    """Gradients are summed in fp32; the reduction overlaps the backward pass where streams exist to overlap on."""
+    overlap = cfg.parallel.overlap_grad_reduce
+    if overlap is None:
+        overlap = groups.device.type == "cuda" and groups.pg.dp_cp.size() > 1
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and cfg.parallel.distributed_optimizer,
+        use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+        check_for_nan_in_grad=False,  # the step itself refuses non-finite gradients, on all ranks alike
+    )
+
+
+def apply(chunks: list[torch.nn.Module], cfg: Config, groups: Groups) -> list[DistributedDataParallel]:
+    """The model chunks wrapped for training. Gradients land in each parameter's ``main_grad`` (fp32)."""
+    wrapped = []
+    for i, chunk in enumerate(chunks):
+        settings = chunk.config
+        if settings.bf16 or settings.fp16:
+            chunk = Float16Module(settings, chunk)
+        wrapped.append(DistributedDataParallel(
+            config=settings, ddp_config=ddp_config(cfg, groups), module=chunk,
+            # Only the first chunk's buckets can be reduced while later chunks still run.
+            disable_bucketing=i > 0, pg_collection=groups.pg))
+    return wrapped
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The bare model inside the wrappers; checkpoints hold its names."""
+    while isinstance(module, (DistributedDataParallel, Float16Module)):
+        module = module.module
+    return module

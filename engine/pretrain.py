@@ -1,0 +1,60 @@
+"""Pretraining: `python engine/pretrain.py --config …`, or `torchrun --nproc-per-node N engine/pretrain.py --config …`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and __package__ is None:  # run by path: the checkout is importable without being installed
+    here = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(here), str(here / "kernels")]
+
+from engine.runtime import command
+
+
+def main(argv: list[str]) -> int:
+    """Trains a model from scratch, or resumes. Returns the exit code."""
+    from engine.config import Config, parse
+
+    cfg = parse(Config, argv, prog="engine/pretrain.py", aliases=Config.aliases)
+
+    from engine.checkpoint.manager import Checkpointer
+    from engine.data import loader
+    from engine.data.tokenizer import load_tokenizer
+    from engine.evaluation.perplexity import evaluate
+    from engine.model import build
+    from engine.parallel import topology, wrap
+    from engine.train import loop, optimizer
+    from engine.train.run import check_tokenizer, logger_for, report_start, tokenizer_folder
+    from engine.train.state import TrainState
+
+    groups = topology.build(cfg)
+    folder = tokenizer_folder(cfg)
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(cfg, folder, tokenizer.sha256)
+    place = {"dp_rank": groups.data_parallel_rank, "dp_size": groups.data_parallel_size}
+    with loader.build(cfg, "train", **place) as data, loader.build(cfg, "validation", **place) as held_out:
+        chunks = wrap.apply(build.model(cfg, groups, tokenizer.vocab_size), cfg, groups)
+        update = optimizer.build(chunks, cfg, groups)
+        checkpoints = Checkpointer(cfg, groups, tokenizer=folder, tokenizer_sha256=tokenizer.sha256,
+                                   vocab_size=tokenizer.vocab_size)
+        state = TrainState()
+        if (found := checkpoints.find_resume()) is not None:
+            state = TrainState.from_dict(checkpoints.load(found, chunks, update))
+        with logger_for(cfg, groups, state) as logger:
+            report_start(logger, cfg, groups, chunks, resumed_from=found)
+            limit = cfg.evaluation.eval_batches
+            loop.run(
+                cfg, chunks, update, data, groups, state=state, logger=logger, vocab_size=tokenizer.vocab_size,
+                save=lambda s: checkpoints.save(chunks, update, s.to_dict()),
+                evaluate=lambda: evaluate(
+                    chunks, held_out, groups, micro_batch_size=cfg.train.micro_batch_size,
+                    seq_length=cfg.model.seq_length,
+                    max_sequences=None if limit is None else limit * cfg.train.global_batch_size),
+            )
+    topology.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(main, sys.argv[1:]))

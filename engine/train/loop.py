@@ -1,0 +1,132 @@
+"""The training loop of every stage: step, log, evaluate, save. Saving and evaluating are handed in."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import Config
+from engine.errors import UserError
+from engine.model.config import padded_vocab_size
+from engine.parallel.topology import Groups
+from engine.train import flops, step
+from engine.train.metrics import MetricLogger, perplexity
+from engine.train.optimizer import NonFiniteError
+from engine.train.state import TrainState
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """GB (1e9 bytes) this process held at most: device memory on a GPU, resident memory elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+@dataclass
+class _Throughput:
+    """Tokens a second and MFU since the last logged step, pauses for evaluation and saving left out."""
+
+    cfg: Config
+    groups: Groups
+    vocab_size: int
+    peak: float | None
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, result: step.StepResult, seconds: float) -> None:
+        tokens = result.global_batch_size * result.seq_length
+        self.tokens += tokens
+        self.flops += tokens * flops.flops_per_token(self.cfg.model, result.seq_length, self.vocab_size)
+        self.seconds += seconds
+
+    def take(self) -> dict[str, float]:
+        row = {"train/tokens_per_sec": self.tokens / self.seconds}
+        if self.peak:
+            row["train/mfu"] = self.flops / self.seconds / (self.peak * self.groups.world_size)
+        self.tokens, self.flops, self.seconds = 0, 0.0, 0.0
+        return row
+
+
+def _row(result: step.StepResult, state: TrainState, device: torch.device) -> dict[str, float]:
+    loss = result.sums.loss
+    return {
+        "train/loss": loss,
+        "train/perplexity": perplexity(loss),
+        "train/accuracy": result.sums.accuracy,
+        "train/lr": result.lr,
+        "train/grad_norm": result.grad_norm,
+        "train/memory_gb": peak_memory_gb(device),
+        "train/seq_length": result.seq_length,
+        "train/global_batch_size": result.global_batch_size,
+        "train/consumed_tokens": state.consumed_tokens,
+    }
+
+
+def _validate(evaluate: Callable[[], dict], state: TrainState) -> dict[str, float]:
+    found = evaluate()
+    if state.best_val_loss is None or found["loss"] < state.best_val_loss:
+        state.best_val_loss, state.best_step = found["loss"], state.step
+    return {f"val/{name}": found[name] for name in ("loss", "perplexity", "accuracy")}
+
+
+def run(
+    cfg: Config,
+    chunks: list[torch.nn.Module],
+    optimizer,
+    data,
+    groups: Groups,
+    *,
+    state: TrainState,
+    logger: MetricLogger,
+    vocab_size: int,
+    save: Callable[[TrainState], object],
+    evaluate: Callable[[], dict] | None,
+    on_first_step: Callable[[], None] = lambda: None,
+) -> TrainState:
+    """Trains from ``state`` to ``train.max_steps``. Metrics, evaluation and checkpoints at their intervals and at the end.
+
+    ``evaluate`` returns {"loss", "perplexity", "accuracy"} on held-out data, or is None where there is none. A row is
+    logged before the checkpoint of its step is saved, so that a resumed run neither lacks nor repeats it.
+    Raises ``UserError`` on every rank when loss or gradients are not finite; no weight was changed by that step.
+    """
+    step.prepare(chunks)
+    padded = padded_vocab_size(vocab_size, cfg.model.vocab_multiple, cfg.parallel.tensor)
+    peak = flops.peak_flops(groups.device, chunks[0].config.params_dtype)
+    speed = _Throughput(cfg, groups, padded, peak)
+    gc.collect()
+    gc.freeze()  # the model and its modules live to the end; collections need not walk them
+    first = state.step
+    while state.step < cfg.train.max_steps:
+        start = time.perf_counter()
+        try:
+            result = step.run(cfg, chunks, optimizer, data, groups, state)
+        except NonFiniteError as error:
+            raise UserError(f"{error} at step {state.step + 1}", where="train",
+                            fix="Nothing was updated; resume from the last checkpoint with a lower train.lr") from error
+        speed.add(result, time.perf_counter() - start)
+        if state.step == first + 1:
+            on_first_step()
+        done = state.step >= cfg.train.max_steps
+        row: dict[str, float] = {}
+        if done or state.step % cfg.logging.logging_steps == 0 or state.step == first + 1:
+            row = _row(result, state, groups.device) | speed.take()
+        if evaluate is not None and _due(state.step, cfg.evaluation.eval_steps, done):
+            row |= _validate(evaluate, state)
+        if row:
+            logger.log(state.step, row)
+        logger.advance(state.step)
+        if _due(state.step, cfg.checkpoint.save_steps, done):
+            save(state)
+    return state
+
+
+def _due(now: int, every: int, done: bool) -> bool:
+    return done or (every > 0 and now % every == 0)

@@ -1,0 +1,69 @@
+"""The parts of a driver that every stage repeats: the run's folder, its logger, its opening lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from engine.config import Config, dump_yaml
+from engine.errors import UserError
+from engine.model.build import parameter_count
+from engine.parallel.topology import Groups
+from engine.train.metrics import MetricLogger
+from engine.train.state import TrainState
+
+
+def tokenizer_folder(cfg: Config) -> Path:
+    """The tokenizer that the data was prepared with.
+
+    Raises ``UserError`` when there is none, or when the sources of a blend were tokenized by different ones.
+    """
+    paths = [cfg.data.path] if cfg.data.path is not None else [entry.path for entry in cfg.data.blend]
+    if not paths:
+        raise UserError("no data is named", where="data.path", fix="Give a folder that `mainspring prepare` wrote")
+    hashes = {}
+    for path in paths:
+        manifest = Path(path) / "manifest.json"
+        try:
+            hashes[path] = json.loads(manifest.read_text(encoding="utf-8"))["tokenizer_sha256"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"is not the manifest of a prepared directory ({error})", where=str(manifest),
+                            fix="Give a folder that `mainspring prepare` wrote") from error
+    if len(set(hashes.values())) > 1:
+        other = next(p for p in paths if hashes[p] != hashes[paths[0]])
+        raise UserError(f"was tokenized by another tokenizer than {paths[0]}", where=str(other),
+                        fix="Prepare it again with --tokenizer of the first")
+    return Path(paths[0]) / "tokenizer"
+
+
+def check_tokenizer(cfg: Config, folder: Path, sha256: str) -> None:
+    """Refuses data whose tokens another tokenizer made. Raises ``UserError``."""
+    expected = json.loads((folder.parent / "manifest.json").read_text(encoding="utf-8"))["tokenizer_sha256"]
+    if sha256 != expected:
+        raise UserError("is not the tokenizer that made these tokens (its content hash differs from manifest.json)",
+                        where=str(folder), fix="Restore it, or prepare the data again")
+
+
+def logger_for(cfg: Config, groups: Groups, state: TrainState) -> MetricLogger:
+    """The run's metric logger; the main rank also saves the resolved configuration beside it."""
+    if groups.is_main:
+        try:
+            cfg.output_dir.mkdir(parents=True, exist_ok=True)
+            (cfg.output_dir / "config.yaml").write_text(dump_yaml(cfg), encoding="utf-8")
+        except OSError as error:
+            raise UserError(error.strerror or str(error), where=str(cfg.output_dir),
+                            fix="Choose another --output_dir, or mend its permissions") from error
+    return MetricLogger(cfg.output_dir, logging=cfg.logging, total_steps=cfg.train.max_steps, start_step=state.step,
+                        is_main=groups.is_main, run_config=cfg.model_dump(mode="json"))
+
+
+def report_start(logger: MetricLogger, cfg: Config, groups: Groups, chunks, resumed_from: Path | None) -> None:
+    """One line that says what is about to run."""
+    p, dtype = cfg.parallel, str(chunks[0].config.params_dtype).removeprefix("torch.")
+    layout = f"TP{p.tensor} PP{p.pipeline} CP{p.context} EP{p.expert} DP{groups.data_parallel_size}"
+    device = torch.cuda.get_device_name(groups.device) if groups.device.type == "cuda" else groups.device.type
+    start = f"resuming {resumed_from}" if resumed_from else "starting"
+    logger.message(f"{start}: {parameter_count(chunks) / 1e6:.2f}M parameters on this rank, {layout}, {dtype} on {device}, "
+                   f"backend {cfg.model.backend}, {cfg.train.max_steps} steps -> {cfg.output_dir}")

@@ -1,0 +1,29 @@
+"""How far a run has come: everything that is not weights, optimizer or random state."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class TrainState:
+    """Saved with every checkpoint.
+
+    ``step``: updates done. ``consumed_tokens``: the data position. ``consumed_samples``: sequences read so far.
+    ``skipped_steps``: updates left out by loss scaling. ``best_val_loss`` (nats a token) and ``best_step``: for
+    keeping the best checkpoint.
+    """
+
+    step: int = 0
+    consumed_tokens: int = 0
+    consumed_samples: int = 0
+    skipped_steps: int = 0
+    best_val_loss: float | None = None
+    best_step: int | None = None
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict) -> TrainState:
+        return cls(**{name: saved[name] for name in cls.__dataclass_fields__ if name in saved})

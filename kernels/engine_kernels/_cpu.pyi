@@ -1,0 +1,29 @@
+"""csrc/cpu/bindings.cpp. Arguments are addresses (Tensor.data_ptr()), sizes, strides in elements, a dtype code
+(0 fp32, 1 bf16) and a number of threads."""
+
+def instruction_set() -> str: ...
+def use_instruction_set(name: str) -> bool: ...
+def rms_norm_fwd(
+    dtype: int, x: int, w: int, y: int, rstd: int,
+    n: int, d: int, x_stride: int, eps: float, offset: float, threads: int, /,
+) -> None: ...
+def rms_norm_bwd(
+    dtype: int, x: int, dy: int, w: int, rstd: int, dx: int, dw_partial: int,
+    n: int, d: int, x_stride: int, dy_stride: int, offset: float, threads: int, /,
+) -> None: ...
+def split_rotary(
+    forward: bool, dtype: int, mixed: int, q: int, k: int, v: int, cos: int, sin: int,
+    sizes: list[int], strides: list[int], threads: int, /,
+) -> None: ...
+def swiglu_fwd(dtype: int, x: int, y: int, n: int, f: int, x_stride: int, threads: int, /) -> None: ...
+def swiglu_bwd(
+    dtype: int, x: int, dy: int, dx: int, n: int, f: int, x_stride: int, dy_stride: int, threads: int, /
+) -> None: ...
+def cross_entropy_stats(
+    dtype: int, logits: int, labels: int, max: int, sum_exp: int, target: int, hit: int,
+    n: int, v: int, valid: int, stride: int, vocab_start: int, threads: int, /,
+) -> None: ...
+def cross_entropy_grad(
+    dtype: int, logits: int, labels: int, max: int, sum_exp: int, weight: int,
+    n: int, v: int, valid: int, stride: int, vocab_start: int, threads: int, /,
+) -> None: ...

@@ -1,0 +1,507 @@
+"""The loader against the stream written out in plain Python: values, order, resume, ranks, threads, and bad input."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import random
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.data import loader as loader_module
+from engine.data import prepared
+from engine.data.blend import BlendIndex
+from engine.data.index_cache import IndexCache
+from engine.data.indexed import IndexedDataset, IndexedDatasetWriter
+from engine.data.loader import build
+from engine.data.samples import SampleIndex
+from engine.errors import UserError
+
+S = 16
+VOCAB = 5000
+same_folder = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def prepare(folder: Path, seed: int = 0, manifest: bool = True, **sizes) -> Path:
+    """A prepared directory with random tokens in documents of these lengths, by split."""
+    rng, splits = np.random.default_rng(seed), {}
+    for split, lengths in sizes.items():
+        with IndexedDatasetWriter(folder / split, VOCAB) as writer:
+            for length in lengths:
+                writer.add_document(rng.integers(0, VOCAB, length))
+        splits[split] = {"documents": len(lengths), "tokens": sum(lengths),
+                         "bin_sha256": sha256(folder / f"{split}.bin"), "idx_sha256": sha256(folder / f"{split}.idx")}
+    if manifest:
+        (folder / "manifest.json").write_text(json.dumps({"vocab_size": VOCAB, "splits": splits}))
+    return folder
+
+
+def config(path=None, *, blend=(), num_workers=0, cache_dir=None, shuffle_seed=None, seed=1):
+    blend = [SimpleNamespace(path=path, weight=weight) for path, weight in blend]
+    data = SimpleNamespace(path=path, blend=blend, num_workers=num_workers, cache_dir=cache_dir,
+                           shuffle_seed=shuffle_seed)
+    return SimpleNamespace(seed=seed, model=SimpleNamespace(seq_length=S), data=data)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return prepare(tmp_path / "data", train=[40, 0, 1, 100, 33, 7, 64, 1, 1, 90], validation=[20, 0, 30, 1])
+
+
+@pytest.fixture
+def blend(tmp_path):
+    sizes = {"a": [40, 80, 5], "b": [300, 1, 0, 60], "c": [17]}
+    folders = [prepare(tmp_path / name, seed, train=s, validation=s) for seed, (name, s) in enumerate(sizes.items())]
+    return list(zip(folders, [0.3, 0.5, 0.2], strict=True))
+
+
+class Reference:
+    """The stream in plain Python: every block as a list of S + 1 tokens; only the shuffles come from SampleIndex."""
+
+    def __init__(self, folders, weights, seed=1):
+        self.sets = [IndexedDataset(folder / "train") for folder in folders]
+        self.orders = [SampleIndex(d, S, seed, IndexCache(None)) for d in self.sets]
+        self.blend = BlendIndex(weights)
+
+    def block(self, j):
+        source, own = (int(x[0]) for x in self.blend.locate(np.array([j])))
+        per_epoch = (self.sets[source].num_tokens - 1) // S
+        epoch = self.orders[source].epoch(own // per_epoch)
+        row = [int(t) for document in epoch.order_n for t in self.sets[source][document]]
+        first = int(epoch.blocks_k[own % per_epoch]) * S
+        return row[first : first + S + 1]
+
+    def row(self, position, length):
+        where = [divmod(p, S) for p in range(position, position + length)]
+        blocks = {j: self.block(j) for j, _ in where}
+        return [blocks[j][o] for j, o in where], [blocks[j][o + 1] for j, o in where]
+
+
+def rows_of(batches):
+    """[(tokens, labels), ...] of all rows."""
+    return [row for b in batches for row in zip(b.tokens_bs.tolist(), b.labels_bs.tolist(), strict=True)]
+
+
+def global_rows(cfg, position, gbs, mbs, length, dp_size, loaders=None):
+    """The rows of a global batch in the order of j, put together from all ranks."""
+    rows = {}
+    for rank in range(dp_size):
+        own = loaders[rank] if loaders else build(cfg, "train", dp_rank=rank, dp_size=dp_size)
+        batches = list(own.micro_batches(position, global_batch_size=gbs, micro_batch_size=mbs, seq_length=length))
+        assert len(batches) == gbs // (mbs * dp_size)
+        for m, batch in enumerate(batches):
+            for k, row in enumerate(rows_of([batch])):
+                rows[(m * dp_size + rank) * mbs + k] = row
+    return [rows[j] for j in range(gbs)]
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_has_the_promised_tensors(data):
+    with build(config(data), "train", dp_rank=0, dp_size=1) as loader:
+        (batch,) = loader.micro_batches(0, global_batch_size=3, micro_batch_size=3, seq_length=S)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in vars(batch).items()} == {
+        "tokens_bs": (torch.int64, (3, S)), "labels_bs": (torch.int64, (3, S)),
+        "loss_mask_bs": (torch.float32, (3, S)), "position_ids_bs": (torch.int64, (3, S)),
+    }
+    assert batch.loss_mask_bs.eq(1).all()
+    assert batch.position_ids_bs.tolist() == [list(range(S))] * 3
+
+
+@same_folder
+@given(position=st.integers(0, 4000), length=st.integers(1, S), gbs=st.integers(1, 6), mbs=st.sampled_from([1, 2]),
+       workers=st.sampled_from([0, 2]))
+def test_rows_are_those_of_the_plain_stream(data, position, length, gbs, mbs, workers):
+    with build(config(data, num_workers=workers), "train", dp_rank=0, dp_size=1) as loader:
+        rows = rows_of(loader.micro_batches(position, global_batch_size=gbs * mbs, micro_batch_size=mbs,
+                                            seq_length=length))
+    reference = Reference([data], [1])
+    assert rows == [reference.row(position + j * length, length) for j in range(gbs * mbs)]
+
+
+@same_folder
+@given(position=st.integers(0, 3000), length=st.integers(1, S))
+def test_rows_of_a_blend_are_those_of_the_plain_stream(blend, position, length):
+    folders, weights = zip(*blend, strict=True)
+    with build(config(blend=blend), "train", dp_rank=0, dp_size=1) as loader:
+        rows = rows_of(loader.micro_batches(position, global_batch_size=4, micro_batch_size=4, seq_length=length))
+    reference = Reference(folders, weights)
+    assert rows == [reference.row(position + j * length, length) for j in range(4)]
+
+
+def test_every_epoch_has_every_block_once(data):
+    with build(config(data), "train", dp_rank=0, dp_size=1) as loader:
+        per_epoch = (loader.num_tokens - 1) // S
+        ids = loader.sample_ids(0, 3 * per_epoch, S)
+    assert per_epoch == (337 - 1) // S
+    for epoch in range(3):
+        own = ids[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert sorted(own) == [((0, epoch, block, 0, S),) for block in range(per_epoch)]
+
+
+def test_a_blend_draws_by_weight_and_every_source_goes_through_its_epochs(blend):
+    with build(config(blend=blend), "train", dp_rank=0, dp_size=1) as loader:
+        pieces = [piece for (piece,) in loader.sample_ids(0, 1000, S)]
+    for source, (blocks, share) in enumerate([(7, 0.3), (22, 0.5), (1, 0.2)]):
+        own = [piece for piece in pieces if piece[0] == source]
+        assert abs(len(own) - 1000 * share) <= 1
+        assert [epoch for _, epoch, *_ in own] == [n // blocks for n in range(len(own))]
+        assert {block for _, epoch, block, *_ in own if epoch == 0} == set(range(blocks))
+
+
+def test_sample_ids_name_what_is_read(data):
+    with build(config(data), "train", dp_rank=0, dp_size=1) as loader:
+        for length in (S, 5, 1):
+            ids = loader.sample_ids(7, 6, length)
+            rows = rows_of(loader.micro_batches(7, global_batch_size=6, micro_batch_size=2, seq_length=length))
+            source = loader.stream.sources[0]
+            for pieces, (tokens, labels) in zip(ids, rows, strict=True):
+                read = []
+                for _, epoch, block, offset, size in pieces:
+                    row = np.concatenate([source.dataset[d] for d in source.epoch(epoch).order_n])
+                    first = block * S + offset
+                    read += zip(row[first : first + size].tolist(), row[first + 1 : first + size + 1].tolist(),
+                                strict=True)
+                assert read == list(zip(tokens, labels, strict=True))
+
+
+# ---- order: curriculum, ranks, threads, resume ----------------------------------------------------------------------
+
+# (global batch size, length) of each step: a batch ramp and a curriculum, across several epochs of 21 blocks
+SCHEDULE = [(2, 4), (2, 4), (4, 4), (4, 7), (4, 7), (8, 7), (8, 11), (8, S), (8, S), (16, S), (16, 5), (16, S), (16, S)]
+
+
+def run(cfg, dp_size, mbs, first=0):
+    """[rows of the global batch] of each step of SCHEDULE from the given one on, with fresh loaders."""
+    loaders = [build(cfg, "train", dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+    position, steps = sum(gbs * length for gbs, length in SCHEDULE[:first]), []
+    for gbs, length in SCHEDULE[first:]:
+        steps.append(global_rows(cfg, position, gbs, mbs, length, dp_size, loaders))
+        position += gbs * length
+    for loader in loaders:
+        loader.close()
+    return steps
+
+
+def test_a_curriculum_and_a_batch_ramp_skip_and_replay_nothing(blend):
+    folders, weights = zip(*blend, strict=True)
+    read = [pair for step in run(config(blend=blend), 1, 1) for tokens, labels in step
+            for pair in zip(tokens, labels, strict=True)]
+    tokens, labels = Reference(folders, weights).row(0, sum(gbs * length for gbs, length in SCHEDULE))
+    assert read == list(zip(tokens, labels, strict=True))
+
+
+def test_order_is_the_same_for_any_rank_count_micro_batch_and_workers(blend):
+    expected = run(config(blend=blend), 1, 1)
+    for dp_size, mbs, workers in [(2, 1, 0), (1, 2, 1), (2, 1, 3), (1, 1, 4), (1, 2, 2), (2, 1, 1)]:
+        assert run(config(blend=blend, num_workers=workers), dp_size, mbs) == expected, (dp_size, mbs, workers)
+
+
+def test_resume_at_every_step_continues_the_order(blend):
+    expected = run(config(blend=blend), 1, 1)
+    for first in range(len(SCHEDULE)):
+        assert run(config(blend=blend, num_workers=first % 3), 1 + first % 2, 1, first) == expected[first:]
+
+
+def test_sample_ids_do_not_depend_on_rank(data):
+    ids = [build(config(data), "train", dp_rank=rank, dp_size=size).sample_ids(5, 8, 6)
+           for rank, size in [(0, 1), (0, 4), (3, 4)]]
+    assert ids[0] == ids[1] == ids[2]
+
+
+def test_seeds(data):
+    def first(**options):
+        with build(config(data, **options), "train", dp_rank=0, dp_size=1) as loader:
+            return loader.sample_ids(0, 40, S)
+
+    assert first(seed=1) == first(seed=9, shuffle_seed=1)
+    assert first(seed=1) != first(seed=2)
+    assert first(seed=1) != first(seed=1, shuffle_seed=2)
+
+
+# ---- prefetching ----------------------------------------------------------------------------------------------------
+
+STEP = {"global_batch_size": 4, "micro_batch_size": 2, "seq_length": S}
+
+
+def reader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("mainspring-reader")]
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[int]:
+    """First positions of the micro-batches read from disk, in order."""
+    seen, read = [], loader_module._read
+    monkeypatch.setattr(loader_module, "_read", lambda s, p, n: seen.append(int(p[0])) or read(s, p, n))
+    return seen
+
+
+def settle(reads, count):
+    deadline = time.monotonic() + 20
+    while len(reads) < count and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert len(reads) == count
+
+
+def test_the_next_step_is_read_while_the_caller_works(data, reads):
+    with build(config(data, num_workers=2), "train", dp_rank=0, dp_size=1) as loader:
+        list(loader.micro_batches(0, **STEP))
+        settle(reads, 4)
+        assert sorted(reads) == [0, 2 * S, 4 * S, 6 * S]
+        list(loader.micro_batches(4 * S, **STEP))  # already read: only the step after it is new
+        settle(reads, 6)
+        assert sorted(reads[4:]) == [8 * S, 10 * S]
+
+
+def test_the_same_step_twice_keeps_what_was_read_ahead(data, reads):
+    """Pipeline stages with several chunks ask for each step once a chunk."""
+    with build(config(data, num_workers=1), "train", dp_rank=0, dp_size=1) as loader:
+        first, again = (rows_of(loader.micro_batches(0, **STEP)) for _ in range(2))
+        settle(reads, 6)
+        assert first == again
+        assert sorted(reads) == [0, 0, 2 * S, 2 * S, 4 * S, 6 * S]
+
+
+def test_without_threads_nothing_is_read_ahead(data, reads):
+    loader = build(config(data), "train", dp_rank=0, dp_size=1)
+    batches = loader.micro_batches(0, **STEP)
+    assert reads == []
+    next(batches)
+    assert reads == [0]
+    next(batches)
+    list(loader.micro_batches(4 * S, **STEP))
+    assert reads == [0, 2 * S, 4 * S, 6 * S]
+    assert reader_threads() == []
+
+
+def test_jumping_about_gives_the_same_rows_as_asking_directly(data):
+    choose = random.Random(3)
+    with build(config(data, num_workers=2), "train", dp_rank=0, dp_size=1) as loader:
+        direct = build(config(data), "train", dp_rank=0, dp_size=1)
+        for _ in range(60):
+            position, gbs, length = choose.randrange(600), choose.choice([2, 4, 8]), choose.randint(1, S)
+            step = {"global_batch_size": gbs, "micro_batch_size": 2, "seq_length": length}
+            batches = loader.micro_batches(position, **step)
+            if choose.random() < 0.3:
+                continue  # abandoned
+            assert rows_of(batches) == rows_of(direct.micro_batches(position, **step))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_reading_comes_out_at_the_caller(data, workers):
+    with build(config(data, num_workers=workers), "train", dp_rank=0, dp_size=1) as loader:
+        list(loader.micro_batches(0, **STEP))
+        with open(data / "train.bin", "r+b") as file:
+            file.truncate(100)
+        with pytest.raises(UserError, match=r"train\.bin: truncated: 100 bytes"):
+            for step in range(1, 4):  # the step that was read ahead may still be good
+                list(loader.micro_batches(step * 4 * S, **STEP))
+        with pytest.raises(UserError, match="truncated"):  # the threads live on and say it again
+            list(loader.micro_batches(40 * S, **STEP))
+
+
+def test_close_ends_the_threads_and_they_are_daemons(data):
+    loader = build(config(data, num_workers=3), "train", dp_rank=0, dp_size=1)
+    list(loader.micro_batches(0, **STEP))
+    assert [thread.daemon for thread in reader_threads()] == [True] * 3
+    loader.close()
+    loader.close()
+    assert reader_threads() == []
+    for use in (lambda: loader.micro_batches(0, **STEP), lambda: next(loader.evaluation_batches(2, S))):
+        with pytest.raises(RuntimeError, match="closed"):
+            use()
+
+
+def test_a_forgotten_loader_leaves_no_threads(data):
+    loader = build(config(data, num_workers=2), "train", dp_rank=0, dp_size=1)
+    list(loader.micro_batches(0, **STEP))
+    del loader
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while reader_threads() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert reader_threads() == []
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def predictions(cfg, mbs, length, dp_size, max_sequences=None):
+    """[(token, label)] that count, in row order, after checking that the ranks agree on the number of batches."""
+    loaders = [build(cfg, "validation", dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+    batches = [list(loader.evaluation_batches(mbs, length, max_sequences)) for loader in loaders]
+    assert len({len(own) for own in batches}) == 1
+    pairs = []
+    for m in range(len(batches[0])):
+        for rank in range(dp_size):
+            b = batches[rank][m]
+            assert b.tokens_bs.shape == b.labels_bs.shape == b.loss_mask_bs.shape == (mbs, length)
+            pairs += zip(b.tokens_bs[b.loss_mask_bs == 1].tolist(), b.labels_bs[b.loss_mask_bs == 1].tolist(),
+                         strict=True)
+            assert b.tokens_bs[b.loss_mask_bs == 0].eq(0).all()
+    return pairs
+
+
+def pairs_of(folder, split="validation"):
+    tokens = [int(t) for document in IndexedDataset(folder / split) for t in document]
+    return list(zip(tokens, tokens[1:], strict=False))
+
+
+@pytest.mark.parametrize(("mbs", "length", "dp_size"), [(1, S, 1), (4, S, 2), (3, 7, 3), (2, 1, 1), (1, 50, 1), (2, 64, 2)])
+def test_evaluation_predicts_every_token_once_in_file_order(data, mbs, length, dp_size):
+    assert predictions(config(data), mbs, length, dp_size) == pairs_of(data)
+
+
+def test_evaluation_of_a_blend_takes_one_source_after_the_other(blend):
+    expected = [pair for folder, _ in blend for pair in pairs_of(folder)]
+    assert predictions(config(blend=blend), 3, 10, 2) == expected
+
+
+def test_evaluation_can_be_cut_short(data):
+    assert predictions(config(data), 2, 10, 2, max_sequences=3) == pairs_of(data)[:30]
+    assert predictions(config(data), 2, 10, 2, max_sequences=0) == []
+    assert predictions(config(data), 2, 10, 2, max_sequences=99) == pairs_of(data)
+
+
+def test_a_validation_split_shorter_than_a_sample_is_fine(tmp_path):
+    folder = prepare(tmp_path / "d", validation=[2])
+    assert predictions(config(folder), 2, S, 2) == pairs_of(folder)
+    for sizes in ([], [1]):
+        with pytest.raises(UserError, match=rf"validation\.bin: {sum(sizes)} tokens, evaluation needs at least 2"):
+            predictions(config(prepare(tmp_path / "e", validation=sizes)), 2, S, 1)
+
+
+# ---- cache ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_index_lies_beside_the_data_or_where_it_is_asked_for(data, tmp_path):
+    for cfg, folder in [(config(data), data / "index_cache"), (config(data, cache_dir=tmp_path / "x"), tmp_path / "x")]:
+        with build(cfg, "train", dp_rank=0, dp_size=1) as loader:
+            loader.sample_ids(0, 1, S)
+        assert len(list(folder.glob("*.samples"))) == 1
+
+
+def test_data_prepared_anew_at_the_same_path_is_read_anew(data, tmp_path):
+    rows = []
+    for seed, sizes in [(0, [100, 90, 80]), (1, [80, 90, 100]), (2, [80, 90, 100])]:
+        prepare(data, seed, train=sizes)
+        rows.append(global_rows(config(data), 0, 8, 1, S, 1))
+        reference = Reference([data], [1])
+        assert rows[-1] == [reference.row(j * S, S) for j in range(8)]
+    assert rows[0] != rows[1] != rows[2]
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def refused(cfg, split="train") -> str:
+    with pytest.raises(UserError) as caught:
+        build(cfg, split, dp_rank=0, dp_size=1)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_directory_that_is_not_there_or_no_directory(data, tmp_path):
+    assert f"{tmp_path / 'nowhere'}: no such directory" in refused(config(tmp_path / "nowhere"))
+    assert "train.bin: not a directory" in refused(config(data / "train.bin"))
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'empty' / 'train.idx'}: file not found" in refused(config(tmp_path / "empty"))
+
+
+def test_files_that_are_not_the_manifests(data, tmp_path):
+    whole = (data / "train.bin").read_bytes()
+    (data / "train.bin").write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert "train.bin: is not the file manifest.json describes (bin_sha256" in refused(config(data))
+    (data / "train.bin").write_bytes(whole)
+    prepare(tmp_path / "other", train=[7, 330])
+    for end in ("bin", "idx"):
+        (data / f"train.{end}").write_bytes((tmp_path / "other" / f"train.{end}").read_bytes())
+    assert "train.idx: is not the file manifest.json describes (idx_sha256" in refused(config(data))
+    (data / "train.bin").write_bytes(whole[:-2])
+    assert "train.bin: truncated" in refused(config(data))
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1, 2]"])
+def test_a_damaged_manifest(data, content):
+    (data / "manifest.json").write_bytes(content)
+    assert "manifest.json: " in refused(config(data))
+
+
+def test_large_files_are_held_against_the_manifest_by_size_and_index_only(data, monkeypatch):
+    monkeypatch.setattr(prepared, "HASHED_BYTES", 10)
+    monkeypatch.setattr(IndexedDataset, "bin_sha256", lambda self: pytest.fail("hashed all of it"))
+    build(config(data), "train", dp_rank=0, dp_size=1)
+
+
+def test_megatrons_own_files_need_no_manifest(tmp_path):
+    folder = prepare(tmp_path / "d", manifest=False, train=[100, 50])
+    assert len(global_rows(config(folder), 0, 2, 1, S, 1)) == 2
+
+
+def test_tokens_outside_the_vocabulary_are_found_when_read(data):
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["vocab_size"] = 10
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"train\.bin: holds token \d+, outside the vocabulary of 10"):
+        global_rows(config(data), 0, 2, 1, S, 1)
+    with pytest.raises(UserError, match=r"validation\.bin: holds token \d+, outside the vocabulary of 10"):
+        predictions(config(data), 1, S, 1)
+
+
+def test_too_little_data_is_said_when_training_is_built(tmp_path):
+    folder = prepare(tmp_path / "d", train=[10, 6], validation=[9])
+    message = refused(config(folder))
+    assert "16 tokens are less than one sample of 17" in message
+    assert "set model.seq_length to 15 or less" in message
+    build(config(folder), "validation", dp_rank=0, dp_size=1)
+
+
+def test_blends_that_make_no_sense(blend, data):
+    paths = [path for path, _ in blend]
+    for weight in (0, -0.5, float("nan")):
+        assert "data.blend[1].weight" in refused(config(blend=[(paths[0], 1), (paths[1], weight)]))
+    again = paths[0] / ".." / paths[0].name
+    assert "data.blend[2]" in refused(config(blend=[(paths[0], 1), (paths[1], 1), (again, 1)]))
+    assert "set either data.path or data.blend" in refused(config())
+    assert "set either data.path or data.blend" in refused(config(data, blend=blend))
+    assert "data.num_workers: -1 is negative" in refused(config(data, num_workers=-1))
+
+
+def test_batches_and_lengths_that_do_not_fit(data):
+    loader = build(config(data), "train", dp_rank=1, dp_size=2)
+    for bad, said in [
+        ({"global_batch_size": 6, "micro_batch_size": 2, "seq_length": S}, "train.global_batch_size: 6 .* multiple of 4"),
+        ({"global_batch_size": 0, "micro_batch_size": 2, "seq_length": S}, "train.global_batch_size"),
+        ({"global_batch_size": 4, "micro_batch_size": 0, "seq_length": S}, "train.global_batch_size"),
+        ({"global_batch_size": 4, "micro_batch_size": 2, "seq_length": S + 1}, "17 tokens are not between 1 and"),
+        ({"global_batch_size": 4, "micro_batch_size": 2, "seq_length": 0}, "0 tokens are not between 1 and"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            loader.micro_batches(0, **bad)
+    with pytest.raises(ValueError, match="negative"):
+        loader.micro_batches(-1, **STEP)
+    with pytest.raises(ValueError, match="dp_rank 2 of dp_size 2"):
+        build(config(data), "train", dp_rank=2, dp_size=2)
+
+
+def test_an_unwritable_cache_folder_that_was_asked_for_is_an_error(data, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with (
+        build(config(data, cache_dir=tmp_path / "file" / "cache"), "train", dp_rank=0, dp_size=1) as loader,
+        pytest.raises(UserError, match=r"file/cache: cannot write the index cache"),
+    ):
+        loader.sample_ids(0, 1, S)
