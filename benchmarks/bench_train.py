@@ -1,29 +1,30 @@
-"""The training step of the engine beside that of Hugging Face Transformers: same model, same initial weights, same tokens.
+"""The training step of the engine beside that of Hugging Face Transformers: same model, initial weights and tokens.
 
 Each side is a process that is idle unless it is its turn; rounds of a few steps go round among them, so that the
 machine's noise hits all alike. A ratio is the median of the rounds' own ratios.
 
 Sides, at each precision: ``engine``; ``eager`` and ``compile`` (torch.compile) are Transformers. In bf16 these two keep
-fp32 weights and run under autocast, as Trainer's bf16=True does, and as the engine keeps fp32 master weights; ``eager-pure``
-and ``compile-pure`` hold weights and optimizer state in bf16, which is faster and loses small updates.
+fp32 weights and run under autocast, as Trainer's bf16=True does, and as the engine keeps fp32 master weights.
+``eager-pure`` and ``compile-pure`` hold weights and optimizer state in bf16, which is faster and loses small updates.
 
-MFU: model FLOPs (engine/train/flops.py: matrix products forward and backward, the causal half of attention, no embedding
-look-up), over the best rate of a large matrix product in that precision measured on this CPU just before, or over a GPU's
-dense bf16 peak from its data sheet. ``memory`` is the peak after warm-up: resident set on a CPU, allocated on a GPU.
-``start-up`` is from the process's start until it is ready to train, ``first step`` comes on top (compilation included).
+MFU: model FLOPs (engine/train/flops.py: matrix products forward and backward, the causal half of attention, no
+embedding look-up), over the best rate of a large matrix product in that precision measured on this CPU just before, or
+over a GPU's dense bf16 peak from its data sheet. ``memory`` is the peak after warm-up: resident set on a CPU, allocated
+on a GPU. ``start-up`` lasts from the process's start until it is ready to train; ``first step`` comes on top
+(compilation included). ``idle CPU`` is what a side used while the others ran: far from 0, the result is worthless.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import statistics
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Row, median_ratio
+from benchmarks.harness import ROOT, Row, median_ratio
 from benchmarks.workers.protocol import Worker, interleave
 from engine.errors import UserError
 
@@ -34,9 +35,7 @@ WARMUP_STEPS = 2  # after the first one, which is timed by itself
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 64,
              "vocab_size": 128, "seq_length": 16, "global_batch_size": 4, "micro_batch_size": 2},
-    "demo": {"num_layers": 6, "hidden_size": 256, "num_attention_heads": 8, "num_query_groups": 4,
-             "ffn_hidden_size": 704, "vocab_size": 4096, "seq_length": 256, "global_batch_size": 32,
-             "micro_batch_size": 16},
+    "demo": {"config": ROOT / "configs/pretrain/demo_cpu.yaml", "vocab_size": 4096},  # the rest is in that file
     "125m": {"preset": "large", "vocab_size": 50304, "seq_length": 1024, "global_batch_size": 64,
              "micro_batch_size": 16},
     "1b": {"preset": "1b", "vocab_size": 50304, "seq_length": 4096, "global_batch_size": 8, "micro_batch_size": 2},
@@ -82,10 +81,9 @@ def worker_config(options: argparse.Namespace) -> dict[str, Any]:
     """What every worker gets: shape, batches, hyper-parameters, threads, device, paths. A side changes some of it."""
     from engine.config.model import ModelConfig
 
-    model = dict(MODELS[options.model])
-    batch = {name: getattr(options, name) or model.pop(name) if getattr(options, name) is None else getattr(options, name)
-             for name in ("seq_length", "global_batch_size", "micro_batch_size")}
-    model = {name: value for name, value in model.items() if name not in batch}
+    model = _model(options.model)
+    batch = {name: model.pop(name) for name in ("seq_length", "global_batch_size", "micro_batch_size")}
+    batch |= {name: getattr(options, name) for name in batch if getattr(options, name) is not None}
     if batch["global_batch_size"] % batch["micro_batch_size"]:
         raise UserError(f"{batch['global_batch_size']} sequences do not divide into micro-batches of "
                         f"{batch['micro_batch_size']}", where="--micro-batch-size", fix="Choose a divisor")
@@ -97,6 +95,18 @@ def worker_config(options: argparse.Namespace) -> dict[str, Any]:
     return {"model": options.model, "shape": shape, **batch, "seed": 1234, "lr": 3e-4, "weight_decay": 0.1,
             "clip_grad": 1.0, "threads": options.threads or _cores(), "device": _device(options.device),
             "max_steps": steps, "precision": "fp32", "compile": False, "save_weights": None, "load_weights": None}
+
+
+def _model(name: str) -> dict[str, Any]:
+    """The entry of MODELS; of a configuration file the shape and batches, where the entry does not say otherwise."""
+    model = dict(MODELS[name])
+    if "config" in model:
+        from engine.config import load_yaml
+
+        content = load_yaml(model.pop("config"))
+        train = {field: content["train"][field] for field in ("global_batch_size", "micro_batch_size")}
+        model = content["model"] | train | model
+    return model
 
 
 def _sides(options: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
@@ -116,8 +126,8 @@ def _sides(options: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]
                 found.append((f"{precision} engine", "benchmarks.workers.engine_worker", {"precision": precision}))
             else:
                 mode = "fp32" if precision == "fp32" else "pure" if side.endswith("-pure") else "autocast"
-                name = f"{precision} transformers {side.removesuffix('-pure')}" + (f" ({mode})" if mode != "fp32" else "")
-                found.append((name, "benchmarks.workers.transformers_worker",
+                name = f"{precision} transformers {side.removesuffix('-pure')}"
+                found.append((name if mode == "fp32" else f"{name} ({mode})", "benchmarks.workers.transformers_worker",
                               {"precision": mode, "compile": side.startswith("compile")}))
     return found
 
@@ -158,8 +168,6 @@ def _peaks(plan: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -182,8 +190,8 @@ def _row(worker: Worker, plan: dict[str, Any], answers: dict[str, list[dict]], f
     rate = statistics.median(len(answer["losses"]) * tokens / answer["seconds"] for answer in mine)
     values: dict[str, Any] = {"tokens/s": rate}
     for kind in ("eager", "compile"):
-        other = next(_reference(answers, precision, kind), None)
-        values[f"x {kind}"] = median_ratio((a["seconds"] for a in other), (a["seconds"] for a in mine)) if other else None
+        other = _reference(answers, precision, kind)
+        values[f"x {kind}"] = median_ratio(_seconds(other), _seconds(mine)) if other else None
     peak = peaks[precision]
     values |= {"MFU %": 100 * rate * _flops_per_token(plan) / peak if peak else None,
                "peak TFLOP/s": peak / 1e12 if peak else None,
@@ -194,11 +202,14 @@ def _row(worker: Worker, plan: dict[str, Any], answers: dict[str, list[dict]], f
     return Row(f"{plan['model']} {worker.name}", values, compare="tokens/s")
 
 
-def _reference(answers: dict[str, list[dict]], precision: str, kind: str) -> Iterator[list[dict]]:
-    """Transformers' rounds at this precision; in bf16 those under autocast."""
-    for name, rounds in answers.items():
-        if name.startswith(f"{precision} transformers {kind}") and "pure" not in name:
-            yield rounds
+def _reference(answers: dict[str, list[dict]], precision: str, kind: str) -> list[dict] | None:
+    """Transformers' rounds at this precision, in bf16 those under autocast; None where it did not run."""
+    names = [name for name in answers if name.startswith(f"{precision} transformers {kind}") and "pure" not in name]
+    return answers[names[0]] if names else None
+
+
+def _seconds(rounds: list[dict]) -> list[float]:
+    return [answer["seconds"] for answer in rounds]
 
 
 def _flops_per_token(plan: dict[str, Any]) -> float:

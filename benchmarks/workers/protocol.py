@@ -1,7 +1,7 @@
 """One side of a side-by-side measurement is a process that is driven over pipes, and idle unless it is told to run.
 
-The parent writes JSON lines to the worker's stdin: its configuration first, then {"run": n} for n steps, {"reset": true}
-to forget the memory peak so far, and an end of file to stop. The worker answers each with a JSON line on stdout.
+The parent writes JSON lines to the worker's stdin: its configuration first, then {"run": n} for n steps,
+{"reset": true} to forget the memory peak so far, and an end of file to stop. The worker answers each with a JSON line.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A worker process as the parent sees it. Construction returns when it is ready; ``startup_seconds`` is how long."""
+    """A worker process as the parent sees it. Constructed when it is ready, which takes it ``startup_seconds``."""
 
     def __init__(self, name: str, module: str, config: dict, *, threads: int):
         self.name = name
-        self._stderr = tempfile.TemporaryFile("w+")
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - close() closes it
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
                                     "TOKENIZERS_PARALLELISM": "false",
                                     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}

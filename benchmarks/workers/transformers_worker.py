@@ -22,9 +22,8 @@ def build(config: dict) -> tuple[Step, dict]:
     if config["save_weights"]:
         from safetensors.torch import save_file
 
-        # The tied output head is the embedding under a second name.
-        save_file({name: tensor.contiguous() for name, tensor in dict(model.named_parameters()).items()},
-                  config["save_weights"])
+        # named_parameters, not state_dict, where a tied output head is the embedding under a second name.
+        save_file({name: p.detach() for name, p in model.named_parameters()}, config["save_weights"])
     model = model.to(device, torch.bfloat16 if config["precision"] == "pure" else torch.float32).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -40,7 +39,7 @@ def build(config: dict) -> tuple[Step, dict]:
         predictions = batch_bs.shape[0] * (batch_bs.shape[1] - 1)
         total = torch.zeros((), device=device)
         for micro_bs in batch_bs.split(micro):
-            inputs_bs, labels_bs = micro_bs[:, :-1].to(device), micro_bs[:, 1:].to(device)
+            inputs_bs, labels_bs = micro_bs[:, :-1].to(device), micro_bs[:, 1:].contiguous().to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "autocast"):
                 # shift_labels: every position has its next token, as on the engine's side.
                 loss = forward(input_ids=inputs_bs, labels=labels_bs, shift_labels=labels_bs, use_cache=False,

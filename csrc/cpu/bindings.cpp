@@ -85,6 +85,46 @@ static void cross_entropy_grad(int dtype, Address logits, Address labels, Addres
     split_rows(n, threads, [&](int64_t begin, int64_t end, int) { kernels().cross_entropy_grad(a, begin, end); });
 }
 
+// strides: b, h, s of q, k, v, dout.  sizes: b, s, groups, queries, d.
+static Attention attention(int dtype, const std::array<Address, 4>& in, Address out, Address lse,
+                           const std::array<int64_t, 5>& sizes, const std::array<int64_t, 12>& strides, float scale) {
+    Attention a{};
+    a.dtype = dtype, a.scale = scale;
+    a.s = sizes[1], a.groups = sizes[2], a.queries = sizes[3], a.d = sizes[4];
+    a.q_b = strides[0], a.q_h = strides[1], a.q_s = strides[2], a.k_b = strides[3], a.k_h = strides[4];
+    a.k_s = strides[5], a.v_b = strides[6], a.v_h = strides[7], a.v_s = strides[8];
+    a.dout_b = strides[9], a.dout_h = strides[10], a.dout_s = strides[11];
+    a.q = at<void>(in[0]), a.k = at<void>(in[1]), a.v = at<void>(in[2]), a.dout = at<void>(in[3]);
+    a.out = at<void>(out), a.lse = at<float>(lse);
+    return a;
+}
+
+static int64_t attention_workspace(int dtype, int64_t s, int64_t d, bool backward) {
+    Attention a{};
+    a.dtype = dtype, a.s = s, a.d = d;
+    return kernels().attention_workspace(a, backward);
+}
+
+static void attention_fwd(int dtype, const std::array<Address, 4>& in, Address out, Address lse, Address workspace,
+                          int64_t bytes, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 12>& strides,
+                          float scale, int threads) {
+    const Attention a = attention(dtype, in, out, lse, sizes, strides, scale);
+    split_rows(sizes[0] * a.groups, threads, [&](int64_t begin, int64_t end, int thread) {
+        kernels().attention_fwd(a, begin, end, at<char>(workspace) + thread * bytes);
+    });
+}
+
+static void attention_bwd(int dtype, const std::array<Address, 4>& in, Address out, Address lse,
+                          const std::array<Address, 3>& grads, Address workspace, int64_t bytes,
+                          const std::array<int64_t, 5>& sizes, const std::array<int64_t, 12>& strides, float scale,
+                          int threads) {
+    Attention a = attention(dtype, in, out, lse, sizes, strides, scale);
+    a.dq = at<void>(grads[0]), a.dk = at<void>(grads[1]), a.dv = at<void>(grads[2]);
+    split_rows(sizes[0] * a.groups, threads, [&](int64_t begin, int64_t end, int thread) {
+        kernels().attention_bwd(a, begin, end, at<char>(workspace) + thread * bytes);
+    });
+}
+
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "Mainspring's CPU kernels: addresses, sizes, strides in elements, dtype code (0 fp32, 1 bf16), threads.";
     auto def = [&m](const char* name, auto* function) { m.def(name, function, py::call_guard<py::gil_scoped_release>()); };
@@ -95,6 +135,9 @@ PYBIND11_MODULE(_cpu, m) {
     def("swiglu_bwd", swiglu_bwd);
     def("cross_entropy_stats", cross_entropy_stats);
     def("cross_entropy_grad", cross_entropy_grad);
-    m.def("instruction_set", [] { return kernels().name; }, "the instruction set in use: avx512, avx2 or plain");
+    def("attention_workspace", attention_workspace);
+    def("attention_fwd", attention_fwd);
+    def("attention_bwd", attention_bwd);
+    m.def("instruction_set", [] { return kernels().name; }, "the instruction set in use: avx512_bf16, avx512, avx2 or plain");
     m.def("use_instruction_set", &choose_kernels, "for tests: switch the whole process; False when it cannot run here");
 }

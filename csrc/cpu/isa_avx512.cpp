@@ -8,6 +8,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")
 #endif
 #define ISA avx512
+#define LANES 16
 #include "isa_body.h"
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -16,6 +17,7 @@
 #endif
 namespace mainspring {
 const Kernels kernels_avx512 = {"avx512", ISA::rms_norm_fwd, ISA::rms_norm_bwd, ISA::split_rotary_fwd, ISA::split_rotary_bwd,
-    ISA::swiglu_fwd, ISA::swiglu_bwd, ISA::cross_entropy_stats, ISA::cross_entropy_grad};
+    ISA::swiglu_fwd, ISA::swiglu_bwd, ISA::cross_entropy_stats, ISA::cross_entropy_grad,
+    ISA::attention_workspace, ISA::attention_fwd, ISA::attention_bwd};
 }  // namespace mainspring
 #endif

@@ -1,4 +1,5 @@
 // The kernels, compiled once for each instruction set: an isa_*.cpp defines ISA, sets the target and includes this.
+// LANES (floats a register) and BF16_PRODUCTS come from there too: g++ does not redefine __AVX512F__ for a target pragma.
 #define INLINE static inline __attribute__((always_inline))
 #if defined(_OPENMP)  // the only licence to reorder a sum: no -ffast-math, whose crtfastmath.o would set FTZ process-wide
 #define PRAGMA(text) _Pragma(#text)
@@ -18,5 +19,7 @@ namespace ISA {
 #include "rotary.h"
 #include "swiglu.h"
 #include "cross_entropy.h"
+#include "product.h"
+#include "attention.h"
 }  // namespace ISA
 }  // namespace mainspring

@@ -48,6 +48,17 @@ struct CrossEntropy {  // logits [n, v]; columns from `valid` on are padding
     const float* weight;
 };
 
+struct Attention {  // causal; q [b, groups * queries, s, d], k, v [b, groups, s, d]
+    int dtype;
+    int64_t s, groups, queries, d;
+    float scale;
+    int64_t q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, dout_b, dout_h, dout_s;
+    const void *q, *k, *v, *dout;
+    void* out;            // contiguous, as are dq, dk, dv
+    float* lse;           // [b, h, s], log of the sum of exp(score)
+    void *dq, *dk, *dv;
+};
+
 struct Kernels {
     const char* name;
     void (*rms_norm_fwd)(const RmsNorm&, int64_t begin, int64_t end);
@@ -58,12 +69,16 @@ struct Kernels {
     void (*swiglu_bwd)(const SwiGlu&, int64_t begin, int64_t end);
     void (*cross_entropy_stats)(const CrossEntropy&, int64_t begin, int64_t end);
     void (*cross_entropy_grad)(const CrossEntropy&, int64_t begin, int64_t end);
+    int64_t (*attention_workspace)(const Attention&, bool backward);  // bytes a thread
+    void (*attention_fwd)(const Attention&, int64_t begin, int64_t end, char* workspace);
+    void (*attention_bwd)(const Attention&, int64_t begin, int64_t end, char* workspace);
 };
 
 extern const Kernels kernels_plain;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 #endif
 
 }  // namespace mainspring

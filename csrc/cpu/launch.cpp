@@ -5,6 +5,7 @@ namespace mainspring {
 static const Kernels* runnable(const std::string& name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    if (name == "avx512_bf16" && __builtin_cpu_supports("avx512bf16") && runnable("avx512")) return &kernels_avx512_bf16;
     if (name == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return &kernels_avx512;
@@ -16,7 +17,7 @@ static const Kernels* runnable(const std::string& name) {
 }
 
 static const Kernels* best() {
-    for (const char* name : {"avx512", "avx2", "plain"})
+    for (const char* name : {"avx512_bf16", "avx512", "avx2", "plain"})
         if (const Kernels* found = runnable(name)) return found;
     return &kernels_plain;
 }

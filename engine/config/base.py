@@ -159,7 +159,8 @@ def _messages(model: type[BaseModel], detail: Any) -> Iterator[tuple[fields.Loc,
         yield loc, f"is required: {wanted}", "", False
         return
     value = detail["input"]
-    close = get_close_matches(str(value).lower(), [str(choice) for choice in fields.choices(annotation)], n=1)
+    named = [str(choice) for choice in fields.choices(annotation)]
+    close = get_close_matches(value.lower(), named, n=1) if isinstance(value, str) else []
     yield loc, f"got {brief(value)}, expected {wanted}", f"Did you mean {close[0]}?" if close else "", False
 
 

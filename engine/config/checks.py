@@ -200,7 +200,9 @@ def _precision(cfg: Config) -> Iterator[Problem]:
         )
     if not t.fp8:
         return
-    if importlib.util.find_spec("transformer_engine") is None:
+    if cfg.device in ("cpu", "mps"):
+        yield Problem("train.fp8", f"FP8 needs a CUDA GPU, but device is {cfg.device}", "Set it to false (--no-fp8)")
+    elif importlib.util.find_spec("transformer_engine") is None:
         yield Problem(
             "train.fp8",
             "FP8 needs Transformer Engine, which is not installed",
@@ -212,8 +214,6 @@ def _precision(cfg: Config) -> Iterator[Problem]:
             f"FP8 runs through Transformer Engine, but model.backend is {m.backend}",
             "Set model.backend to te, or --no-fp8",
         )
-    if cfg.device in ("cpu", "mps"):
-        yield Problem("train.fp8", f"FP8 needs a CUDA GPU, but device is {cfg.device}", "Set it to false (--no-fp8)")
     local = (m.ffn_hidden_size or 0) // cfg.parallel.tensor
     for name, size in (("hidden_size", m.hidden_size), ("ffn_hidden_size", local)):
         if size % 16:

@@ -154,7 +154,8 @@ def suggest(model: type[BaseModel], loc: Loc) -> str | None:
     if close:
         return here(close[0])
     dotted = ".".join([*map(str, parents), key])
-    close = get_close_matches(dotted, everywhere, n=1, cutoff=0.75)
+    elsewhere = [path for path in everywhere if not dotted.startswith(f"{path}.")]
+    close = get_close_matches(dotted, elsewhere, n=1, cutoff=0.75)
     if close:
         return close[0]
     tails = {path.rpartition(".")[2]: path for path in reversed(everywhere)}

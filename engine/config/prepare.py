@@ -20,41 +20,41 @@ class PrepareConfig(Section):
     overwrite: bool = option(False, "replace an existing prepared directory")
     seed: int = option(1234, "seed of the train/validation split", ge=0)
 
-    exclude: list[str] = option(list, "glob of file or folder names, or of paths below the input, to skip; repeatable", "glob")
+    exclude: list[str] = option(list, "skip files and folders whose name, or path below the input, matches", "glob")
     include_hidden: bool = option(False, "also read files and folders whose name starts with a dot")
     follow_symlinks: bool = option(False, "also read through symbolic links inside a folder (loops are cut)")
     text_field: str = option("text", "field of a JSONL record that holds the document", min_length=1)
     jsonl_kind: Literal["prose", "code"] = option("prose", "which cleaning rules JSONL documents get")
-    max_bad_fraction: float = option(0.01, "JSONL lines that may be unusable before the run fails", "fraction", ge=0, le=1)
+    max_bad_fraction: float = option(0.01, "unusable JSONL lines, above which the run fails", "fraction", ge=0, le=1)
     max_line_mb: float = option(256, "a longer JSONL line goes to quarantine without being read", "MB", gt=0)
 
     min_characters: int = option(16, "shorter documents are dropped", "characters", ge=0)
     max_characters: int = option(10_000_000, "longer documents are dropped", "characters", ge=1)
-    skip_rule: list[str] = option(list, "quality rule to leave out (names: see manifest.json); repeatable", "rule")
+    skip_rule: list[str] = option(list, "quality rule to leave out (manifest.json lists them)", "rule")
 
     validation_fraction: float = option(0.02, "documents held out, chosen by content hash", "fraction", ge=0, le=0.5)
 
     tokenizer: Path | None = option(
-        None, "use this one (tokenizer.json, Hugging Face directory or SentencePiece .model) instead of training", "path"
+        None, "use this tokenizer.json, Hugging Face directory or SentencePiece .model, train none", "path"
     )
     tokenizer_kind: Literal["bpe", "unigram"] = option("bpe", "model to train; both are byte-level, thus lossless")
     vocab_size: int | None = option(None, "vocabulary to train, specials included; 32768 if unset", "tokens", gt=0)
     special_tokens: int = option(
-        16, "ids kept for specials (end of document, padding, chat turns, reserved) in a trained vocabulary", "tokens", ge=4
+        16, "of a trained vocabulary: end of document, padding, chat turns, the rest reserved", "tokens", ge=4
     )
     eod_token: str | None = option(None, "end-of-document token; unset: the tokenizer's own, <|endoftext|> if trained")
     tokenizer_sample_mb: float = option(64, "text the tokenizer is trained on, at most", "MB", gt=0)
 
     def problems(self) -> Iterator[Problem]:
         if self.min_characters > self.max_characters:
-            text = f"min_characters {self.min_characters} is above max_characters {self.max_characters}, nothing can pass"
+            text = f"{self.min_characters} is above max_characters {self.max_characters}, nothing can pass"
             yield Problem("min_characters", text, "Lower it, or raise max_characters")
         if self.tokenizer is not None and self.vocab_size is not None:
             text = "the vocabulary of an existing tokenizer is what it is"
             yield Problem("vocab_size", text, "Leave out either vocab_size or tokenizer")
         smallest = BYTES + self.special_tokens
         if self.tokenizer is None and self.trained_vocab_size < smallest:
-            text = f"{self.trained_vocab_size} is too small: {BYTES} bytes and {self.special_tokens} special tokens come first"
+            text = f"{self.trained_vocab_size} has no room for {BYTES} bytes and {self.special_tokens} special tokens"
             yield Problem("vocab_size", text, f"Set it to {smallest} at least, sensibly to 4096 or more")
 
     @property

@@ -62,7 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tie_embeddings": False, "linear_bias": True, "activation": "clamped_swiglu", "window_size": 128,
         "full_attention_every": 2, "attention_sinks": True,
         "yarn": {"factor": 32.0, "original_seq_length": 4096},
-        "moe": {"num_experts": 32, "top_k": 4, "ffn_hidden_size": 2880, "aux_loss_coeff": 0.001, "router": "softmax_after_topk"},
+        "moe": {"num_experts": 32, "top_k": 4, "ffn_hidden_size": 2880, "aux_loss_coeff": 0.001},
         **_FIXED_VOCABULARY,
     },
     # 70.6B, Llama 3 70B

@@ -190,6 +190,13 @@ class TrainConfig(Section):
             )
         if plan is None:
             return
+        for name, size in (("start", plan.start), ("increment", plan.increment or 0)):
+            if size % micro:
+                yield Problem(
+                    f"batch_size_schedule.{name}",
+                    f"{size} is not a multiple of train.micro_batch_size ({micro})",
+                    f"Use {near_multiple(size, micro)}",
+                )
         if plan.start > full:
             yield Problem(
                 "batch_size_schedule.start",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from pydantic import BaseModel
@@ -19,7 +19,7 @@ MAX_NODES = 100_000  # aliases of aliases can make a small file expand to anythi
 class _Loader(yaml.SafeLoader):
     """SafeLoader that leaves the reading of plain words to ``scalars``."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+_Loader.yaml_implicit_resolvers = {}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -110,14 +110,11 @@ class YamlFile:
 
 def parse_flow(text: str) -> Any:
     """A command-line value as YAML: ``[1, 2]``, ``{kind: ramp}``, or a single word. Raises UserError if it is not."""
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
+        node = yaml.compose(text, Loader=_Loader)
         return None if node is None else _plain(node)
     except (yaml.YAMLError, RecursionError):
         raise UserError("not a valid YAML value") from None
-    finally:
-        loader.dispose()
 
 
 def _plain(node: yaml.Node) -> Any:

@@ -58,10 +58,10 @@ class BlendIndex:
 
     def _chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         if number not in self._held:
-            for before in range(min(number, len(self._states) - 1), number + 1):
-                source, own, deficits, counts = _index.blend(self.weights, *self._states[before], _CHUNK)
-                if before + 1 == len(self._states):
-                    self._states.append((deficits, counts))
+            while len(self._states) <= number:  # a resume far in: 10^9 blocks of ten sources take some 10 s
+                *_, deficits, counts = _index.blend(self.weights, *self._states[-1], _CHUNK)
+                self._states.append((deficits, counts))
+            source, own, *_ = _index.blend(self.weights, *self._states[number], _CHUNK)
             self._held[number] = (source, own)
             while len(self._held) > _CHUNKS_HELD:
                 self._held.popitem(last=False)

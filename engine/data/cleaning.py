@@ -70,8 +70,12 @@ def repair(text: str, kind: Kind) -> tuple[str, list[str]]:
 
 
 def _long_run(text: str, _: Limits) -> bool:
-    # One "word" of this length is base64 or minified, and a single unit of work for any BPE.
-    return len(text) > MAX_RUN and any(len(word) > MAX_RUN for word in text.split())
+    # One "word" of this length is base64 or minified, and a single unit of work for any BPE; so is a gap.
+    if len(text) <= MAX_RUN:
+        return False
+    return any(len(word) > MAX_RUN for word in text.split()) or any(
+        match.end() - match.start() > MAX_RUN for match in _BLANK.finditer(text)
+    )
 
 
 def _unreadable(text: str, _: Limits) -> bool:
@@ -110,7 +114,7 @@ RULES: tuple[Rule, ...] = (
     Rule("too_short", "fewer than min_characters", BOTH, lambda text, limits: len(text) < limits.min_characters),
     Rule("too_long", "more than max_characters", BOTH, lambda text, limits: len(text) > limits.max_characters),
     Rule("unreadable", "over a tenth are replacement characters", BOTH, _unreadable),
-    Rule("long_run", f"over {MAX_RUN:,} characters without a space", BOTH, _long_run),
+    Rule("long_run", f"over {MAX_RUN:,} characters without a space, or of nothing else", BOTH, _long_run),
     Rule("few_letters", "under a quarter of the visible characters are letters", ("prose",), _few_letters),
     Rule("mostly_links", "over half is web addresses", ("prose",), _mostly_links),
     Rule("repeated_lines", "over half is lines that stood before", ("prose",), _repeated_lines),

@@ -94,7 +94,7 @@ def _read(path: Path, header: bytes, length: int) -> np.ndarray | None:
         len(content) == start + 8 * length
         and content[:8].tobytes() == _MAGIC
         and content[40:start].tobytes() == header
-        and hashlib.sha256(content[40:]).digest() == content[_DIGEST].tobytes()
+        and hashlib.sha256(content[40:].data).digest() == content[_DIGEST].tobytes()
     )
     if not whole:
         log.warning("%s: index cache damaged or incomplete, building it again", path)
@@ -107,11 +107,11 @@ def _write(path: Path, header: bytes, values: np.ndarray) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     body = values.astype("<i8", copy=False)
     digest = hashlib.sha256(header)
-    digest.update(body)
+    digest.update(body.data)
     try:
         with open(temporary, "wb") as file:
             file.write(_MAGIC + digest.digest() + header)
-            file.write(body)
+            file.write(body.data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -41,7 +41,9 @@ def sha256_file(path: Path) -> str:
 def settings_of(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The configuration as the manifest records it, a tokenizer by its content; paths are left to ``sources``."""
     settings = config.model_dump(mode="json", exclude={"input", "output", "overwrite"})
-    return settings | {"tokenizer": tokenizer.sha256 if tokenizer else None}
+    if tokenizer is not None:
+        return settings | {"tokenizer": tokenizer.sha256}
+    return settings | {"vocab_size": config.trained_vocab_size}
 
 
 def is_prepared(directory: Path) -> bool:
@@ -57,7 +59,7 @@ def load(directory: Path) -> dict[str, Any]:
         raise UserError("not a prepared directory (no manifest.json)", where=str(directory), fix=_AGAIN) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot be read ({error})", where=str(path), fix=_AGAIN) from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("splits"), dict):
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("splits", "settings")):
         raise UserError("not a manifest of prepared data", where=str(path), fix=_AGAIN)
     return manifest
 

@@ -21,6 +21,7 @@ from engine.errors import UserError
 _CHUNK = 1 << 20
 # UTF-16 text and most binary formats that happen to decode are far above, a text with a few stray NULs below.
 _MAX_NUL_SHARE = 0.1
+_CONVERT = "Convert it to UTF-8 (iconv), or leave it out."
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Reader:
     def read(self, file: SourceFile) -> Iterator[Document]:
         """The file's documents. UserError where the user named this very file and it is not what it should be."""
         self._digest = hashlib.sha256()
-        self.size = 0
+        self.size, self.sha256 = 0, ""
         path = show(file.path)
         try:
             with open(file.path, "rb") as stream:
@@ -96,6 +97,7 @@ class Reader:
             self._refuse_file(file, path, bad)
         except OSError as error:
             self._refuse_file(file, path, _Bad("unreadable", error.strerror or str(error), "Check its permissions."))
+            return
         self.sha256 = self._digest.hexdigest()
 
     def check_bad_fraction(self) -> None:
@@ -103,8 +105,8 @@ class Reader:
         bad = self.quarantine.lines
         if bad > self.config.max_bad_fraction * self.records:
             raise UserError(
-                f"{bad:,} of {self.records:,} JSONL lines are unusable, more than the {self.config.max_bad_fraction:.2%} "
-                f"allowed; the first is {self.first_bad}",
+                f"{bad:,} of {self.records:,} JSONL lines are unusable, allowed {self.config.max_bad_fraction:.2%}; "
+                f"the first is {self.first_bad}",
                 fix="Mend them, or raise --max_bad_fraction.",
             )
 
@@ -129,9 +131,10 @@ class Reader:
         while self._read(stream, _CHUNK):
             pass
         truncated = self.size > limit
+        text = _decode(raw, final=not truncated)
         if raw.count(0) > _MAX_NUL_SHARE * len(raw):
-            raise _Bad("not_text", "not a text file (NUL bytes)", "Convert it to UTF-8, or leave it out with --exclude.")
-        return Document(_decode(raw, final=not truncated), _text_kind(file), show(file.path), truncated)
+            raise _Bad("not_text", "not a text file (NUL bytes)", _CONVERT)
+        return Document(text, _text_kind(file), show(file.path), truncated)
 
     def _jsonl(self, file: SourceFile, stream: BinaryIO) -> Iterator[Document]:
         path, first = show(file.path), True
@@ -168,19 +171,19 @@ class Reader:
     def _text_of(self, raw: bytes | None) -> str:
         if raw is None:
             raise _Bad("line_too_long", f"longer than {self.config.max_line_mb:g} MB", "Raise --max_line_mb.")
-        record = _parse(_decode(raw))
+        record = _parse(_decode(raw).rstrip("\r\n"))  # else a cut record is reported at column 1 of the next line
         if not isinstance(record, dict):
-            raise _Bad("not_an_object", f"a JSON {_NAMES.get(type(record), 'value')}, not an object with fields")
+            raise _Bad("not_an_object", f"a JSON {_NAMES.get(type(record), 'null')}, not an object with fields")
         name = self.config.text_field
         if name not in record:
             raise _Bad("no_text_field", f"no field {name!r} (fields: {_some(record)})", "Name it with --text_field.")
         if not isinstance(record[name], str):
-            detail = f"field {name!r} holds a {_NAMES.get(type(record[name]), 'value')}, not text"
+            detail = f"field {name!r} holds {_NAMES.get(type(record[name]), 'null')}, not text"
             raise _Bad("text_not_a_string", detail, "Name another with --text_field.")
         return record[name]
 
 
-_NAMES = {list: "array", dict: "object", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
+_NAMES = {list: "array", dict: "object", str: "string", int: "number", float: "number", bool: "boolean"}
 
 
 def _text_kind(file: SourceFile) -> Kind:
@@ -200,7 +203,7 @@ def _decode(raw: bytes, *, final: bool = True) -> str:
         return codecs.getincrementaldecoder("utf-8")().decode(raw, final)
     except UnicodeDecodeError as error:
         detail = f"not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {error.start:,})"
-        raise _Bad("not_utf8", detail, "Convert it to UTF-8 (iconv), or leave it out with --exclude.") from None
+        raise _Bad("not_utf8", detail, _CONVERT) from None
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -18,21 +18,26 @@ from engine.errors import UserError
 
 FileKind = Literal["prose", "code", "jsonl"]
 
-PROSE = frozenset(".txt .text .md .markdown .rst .adoc .org .tex".split())
-CODE = frozenset(
-    """.py .pyi .pyx .c .h .cc .cpp .cxx .hh .hpp .hxx .cu .cuh .js .mjs .cjs .jsx .ts .tsx .rs .go .java .kt .kts
-    .scala .swift .m .mm .cs .fs .rb .php .pl .pm .lua .r .jl .hs .ml .mli .ex .exs .erl .clj .lisp .el .scm .dart .zig
-    .nim .sh .bash .zsh .fish .ps1 .sql .proto .cmake .mk .vue .svelte .v .sv .vhd .asm .s .f90 .f95 .f""".split()
-)
+PROSE = frozenset([".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex"])
+CODE = frozenset([
+    ".py", ".pyi", ".pyx", ".c", ".h", ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".hxx", ".cu", ".cuh", ".js", ".mjs",
+    ".cjs", ".jsx", ".ts", ".tsx", ".rs", ".go", ".java", ".kt", ".kts", ".scala", ".swift", ".m", ".mm", ".cs",
+    ".fs", ".rb", ".php", ".pl", ".pm", ".lua", ".r", ".jl", ".hs", ".ml", ".mli", ".ex", ".exs", ".erl", ".clj",
+    ".lisp", ".el", ".scm", ".dart", ".zig", ".nim", ".sh", ".bash", ".zsh", ".fish", ".ps1", ".sql", ".proto",
+    ".cmake", ".mk", ".vue", ".svelte", ".v", ".sv", ".vhd", ".asm", ".s", ".f90", ".f95", ".f",
+])  # fmt: skip
 JSONL = frozenset([".jsonl", ".ndjson"])
-NOT_YET = frozenset(".json .csv .tsv .parquet .arrow .gz .zst .zip .bz2 .xz .tar .pdf .html .htm .doc .docx".split())
+NOT_YET = frozenset([
+    ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip", ".bz2", ".xz", ".tar", ".pdf", ".html",
+    ".htm", ".doc", ".docx",
+])  # fmt: skip
 ALWAYS_EXCLUDED = ("__pycache__", "node_modules")
 READABLE = "Read are .txt .md .rst, source code (.py .c .js …) and .jsonl."
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file. ``name`` is its path below input number ``input`` and decides the order; ``direct``: named by the user."""
+    """``name`` is the path below input number ``input`` and decides the order; ``direct``: the user named this file."""
 
     path: Path
     input: int
@@ -103,14 +108,16 @@ def _kind_of_direct(path: Path) -> FileKind:
 
 
 def _refuse_folder(root: Path, names: list[str], listing: Listing) -> NoReturn:
-    links = f" ({listing.links_skipped} symbolic links were not followed: --follow_symlinks)" if listing.links_skipped else ""
+    skipped = listing.links_skipped
+    links = f" ({skipped} symbolic links were not followed: --follow_symlinks)" if skipped else ""
     if not names:
         raise UserError(f"the folder holds no files{links}", where=show(root), fix=READABLE)
     suffixes = Counter(Path(name).suffix.lower() or "no suffix" for name in names)
     most = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(4))
     raise UserError(
-        f"no readable text among {len(names)} files ({most}){links}", where=show(root), fix=f"{READABLE} Convert, or name a file."
-    )
+        f"no readable text among {len(names)} files ({most}){links}", where=show(root),
+        fix=f"{READABLE} Convert them, or name a file itself.",
+    )  # fmt: skip
 
 
 def _walk(root: Path, config: PrepareConfig, listing: Listing) -> Iterator[str]:

@@ -17,7 +17,7 @@ from engine.errors import UserError
 
 
 def _sibling(output: Path, role: str) -> Path:
-    output = output.absolute()
+    output = output.resolve()
     return output.with_name(f".{output.name}.{role}")
 
 
@@ -42,11 +42,11 @@ def publish(folder: Path, output: Path) -> None:
     """Put ``folder`` in the place of ``output``, whatever was there. On disk when this returns."""
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
-    replaced = _sibling(output, "replaced")
+    replaced, output = _sibling(output, "replaced"), output.resolve()  # a link to a directory stays a link
     if output.exists():
         os.rename(output, replaced)
     os.rename(folder, output)
-    _sync(output.absolute().parent)
+    _sync(output.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -57,7 +57,7 @@ def recover(output: Path) -> None:
         return
     with staged(output):  # holds the lock: nobody is between the two renames now
         if replaced.exists() and not output.exists():
-            os.rename(replaced, output)
+            os.rename(replaced, output.resolve())
         shutil.rmtree(replaced, ignore_errors=True)
 
 

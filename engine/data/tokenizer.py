@@ -16,12 +16,13 @@ from typing import Literal
 
 import tokenizers
 
-from engine.data.tokenizer_training import EOD, PAD, special_tokens, train_bpe, train_unigram
+from engine.data.tokenizer_training import EOD, PAD, special_tokens, train_bpe, train_unigram, words
 from engine.errors import UserError
 
 # Looked for, in this order, where neither the user nor the tokenizer's own configuration names one.
 USUAL_EOD = (EOD, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
 CONFIG = "tokenizer_config.json"
+_KINDS = "Give a tokenizer.json, a directory that holds one, or a SentencePiece .model."
 # Travel with a Hugging Face tokenizer; none of them changes an id.
 COMPANIONS = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
@@ -164,7 +165,7 @@ def load_tokenizer(path: str | Path, *, eod_token: str | None = None) -> Tokeniz
     """
     path = Path(path)
     if not path.exists():
-        raise UserError("no such tokenizer", where=str(path), fix="Give a tokenizer.json, a directory or a .model file.")
+        raise UserError("no such tokenizer", where=str(path), fix=_KINDS)
     file = _file_in(path) if path.is_dir() else path
     try:
         content = file.read_bytes()
@@ -197,6 +198,9 @@ def train_tokenizer(
     ``vocab_size`` (tokens) includes the ``specials`` and the 256 bytes; with little text fewer are learned.
     Raises UserError if there is no room for those.
     """
+    if len(words(eod_token)) < 2:
+        # The trainer could learn it from text, and every mention would end a document.
+        raise UserError(f"{eod_token!r} is an ordinary word", where="eod_token", fix=f"Take one like {EOD}.")
     names = special_tokens(specials, eod_token)
     if vocab_size < 256 + len(names):
         problem = f"{vocab_size} is too small for 256 bytes and {len(names)} special tokens"
@@ -209,7 +213,8 @@ def train_tokenizer(
 def _find_eod(vocabulary: dict[str, int], config: dict, wanted: str | None, where: str) -> str:
     if wanted is not None:
         if wanted not in vocabulary:
-            raise UserError(f"no token {wanted!r} to end documents with", where=where, fix="Set --eod_token to one it has.")
+            fix = "Set --eod_token to one that it has."
+            raise UserError(f"no token {wanted!r} to end documents with", where=where, fix=fix)
         return wanted
     for name in ("eod_token", "eos_token"):
         token = config.get(name)
@@ -219,7 +224,8 @@ def _find_eod(vocabulary: dict[str, int], config: dict, wanted: str | None, wher
     for token in USUAL_EOD:
         if token in vocabulary:
             return token
-    raise UserError("has no end-of-document token that we know", where=where, fix="Name one of its tokens with --eod_token.")
+    fix = "Name one of its tokens with --eod_token."
+    raise UserError("has no end-of-document token that we know", where=where, fix=fix)
 
 
 def _file_in(directory: Path) -> Path:
@@ -241,7 +247,8 @@ def _config_beside(file: Path, in_directory: bool) -> dict:
     try:
         config = json.loads(beside.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON ({error})", where=str(beside), fix="Mend it, or give the tokenizer file itself.") from None
+        fix = "Mend it, or give the tokenizer file itself."
+        raise UserError(f"not JSON ({error})", where=str(beside), fix=fix) from None
     if not isinstance(config, dict):
         raise UserError("not a JSON object", where=str(beside), fix="Mend it, or give the tokenizer file itself.")
     return config
@@ -253,5 +260,4 @@ def _write_config(directory: Path, config: dict, eod_token: str) -> None:
 
 
 def _not_a_tokenizer(where: str, detail: str) -> UserError:
-    fix = "Give a tokenizer.json, a directory that holds one, or a SentencePiece .model."
-    return UserError(f"not a tokenizer ({detail[:200]})", where=where, fix=fix)
+    return UserError(f"not a tokenizer ({detail[:200]})", where=where, fix=_KINDS)

@@ -25,8 +25,8 @@ _PIECE = 1_000_000
 
 def special_tokens(count: int, eod: str = EOD) -> list[str]:
     """``count`` specials in the order of their ids: end of document (0), padding, chat turns, reserved ones."""
-    named = [eod, PAD, *TURN]
-    return named + [f"<|reserved_{number}|>" for number in range(count - len(named))]
+    others = [PAD, *TURN, *(f"<|reserved_{number}|>" for number in range(count))]
+    return [eod, *(token for token in others if token != eod)][:count]
 
 
 def alphabet() -> list[str]:
@@ -44,6 +44,11 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def words(text: str) -> list[str]:
+    """The pieces that training never joins, in the byte alphabet."""
+    return [word for word, _ in _byte_level(models.BPE()).pre_tokenizer.pre_tokenize_str(text)]
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
@@ -69,13 +74,13 @@ def train_unigram(texts: Iterable[str], vocab_size: int, specials: list[str]) ->
     """
     import sentencepiece  # not needed by the default kind
 
-    split = _byte_level(models.BPE()).pre_tokenizer
-    words = Counter(word for text in _pieces(texts) for word, _ in split.pre_tokenize_str(text))
+    counts = Counter(word for text in _pieces(texts) for word in words(text))
+    counts.update(alphabet())  # a byte that it never saw would not get into the vocabulary
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(f"{word}\t{count}" for word, count in sorted(words.items())),
+        sentence_iterator=iter(f"{word}\t{count}" for word, count in sorted(counts.items())),
         input_format="tsv", model_writer=trained, model_type="unigram", vocab_size=vocab_size - len(specials) + 1,
-        hard_vocab_limit=False, required_chars="".join(alphabet()), character_coverage=1.0,
+        hard_vocab_limit=False, character_coverage=1.0,
         normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
         split_by_unicode_script=False, split_by_whitespace=False, split_by_number=False,
         bos_id=-1, eos_id=-1, pad_id=-1, num_threads=1, minloglevel=2,

@@ -50,6 +50,10 @@ def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:
     return (vocab_size + step - 1) // step * step
 
 
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
 def _parallel_settings(cfg: Config, dtype: torch.dtype) -> dict:
     p = cfg.parallel
     interleaved = p.virtual_pipeline > 1
@@ -98,8 +102,11 @@ def build(cfg: Config, vocab_size: int, dtype: torch.dtype) -> ModelSettings:
         hidden_dropout=m.dropout,
         attention_dropout=m.dropout,
         init_method_std=m.init_std,
-        # Weights are initialised by parameter name (engine/model/init.py), the same under every layout.
-        perform_initialization=False,
+        # Weights are initialised by parameter name (engine/model/init.py), the same under every layout. Megatron's own
+        # initialisation still runs, on these, because it also marks which dimension tensor parallelism splits.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,

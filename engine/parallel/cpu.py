@@ -110,6 +110,13 @@ def _clip_grad_by_total_norm(parameters, max_norm, total_norm, use_decoupled_gra
         torch._foreach_mul_(grads, coefficient)
 
 
+def _l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor, *args):
+    """Megatron's fallback sums a million squares in fp32, which on CPUs is off in the fourth digit; this in fp64."""
+    assert not per_tensor
+    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensor_lists[0]]
+    return torch.linalg.vector_norm(torch.stack(norms)).to(torch.float32).reshape(1), None
+
+
 def _patch_functions() -> None:
     """The places where a view of torch is not enough."""
     from megatron.core.optimizer import clip_grads, optimizer
@@ -118,6 +125,7 @@ def _patch_functions() -> None:
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    clip_grads.l2_norm_impl = _l2_norm
     for module in (clip_grads, optimizer):
         module.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
     if not hasattr(moe_utils, "te_general_gemm"):  # a NameError there when Transformer Engine is absent

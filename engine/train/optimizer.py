@@ -59,6 +59,7 @@ def _in_apex_place():
     """Within, Megatron builds our AdamW where it would build Apex's; its state is handled as Apex's ever after."""
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
     distrib_optimizer.USING_TE_OPTIMIZER = False
+    distrib_optimizer.Adam = AdamW
     saved = getattr(megatron_optimizer, "Adam", None), megatron_optimizer.USING_PYTORCH_OPTIMIZER
     megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = AdamW, False
     try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import random
 import threading
 import time
@@ -18,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.data import loader as loader_module
-from engine.data import prepared
 from engine.data.blend import BlendIndex
 from engine.data.index_cache import IndexCache
 from engine.data.indexed import IndexedDataset, IndexedDatasetWriter
@@ -31,21 +28,12 @@ VOCAB = 5000
 same_folder = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def prepare(folder: Path, seed: int = 0, manifest: bool = True, **sizes) -> Path:
-    """A prepared directory with random tokens in documents of these lengths, by split."""
-    rng, splits = np.random.default_rng(seed), {}
-    for split, lengths in sizes.items():
-        with IndexedDatasetWriter(folder / split, VOCAB) as writer:
-            for length in lengths:
-                writer.add_document(rng.integers(0, VOCAB, length))
-        splits[split] = {"documents": len(lengths), "tokens": sum(lengths),
-                         "bin_sha256": sha256(folder / f"{split}.bin"), "idx_sha256": sha256(folder / f"{split}.idx")}
-    if manifest:
-        (folder / "manifest.json").write_text(json.dumps({"vocab_size": VOCAB, "splits": splits}))
+def prepare(folder: Path, seed: int, sizes: list[int]) -> Path:
+    """A directory with a training split of random tokens in documents of these lengths."""
+    rng = np.random.default_rng(seed)
+    with IndexedDatasetWriter(folder / "train", VOCAB) as writer:
+        for size in sizes:
+            writer.add_document(rng.integers(0, VOCAB, size))
     return folder
 
 
@@ -58,13 +46,13 @@ def config(path=None, *, blend=(), num_workers=0, cache_dir=None, shuffle_seed=N
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    return prepare(tmp_path / "data", train=[40, 0, 1, 100, 33, 7, 64, 1, 1, 90], validation=[20, 0, 30, 1])
+    return prepare(tmp_path / "data", 0, [40, 0, 1, 100, 33, 7, 64, 1, 1, 90])
 
 
 @pytest.fixture
 def blend(tmp_path):
     sizes = {"a": [40, 80, 5], "b": [300, 1, 0, 60], "c": [17]}
-    folders = [prepare(tmp_path / name, seed, train=s, validation=s) for seed, (name, s) in enumerate(sizes.items())]
+    folders = [prepare(tmp_path / name, seed, s) for seed, (name, s) in enumerate(sizes.items())]
     return list(zip(folders, [0.3, 0.5, 0.2], strict=True))
 
 
@@ -307,11 +295,9 @@ def test_an_error_in_reading_comes_out_at_the_caller(data, workers):
         list(loader.micro_batches(0, **STEP))
         with open(data / "train.bin", "r+b") as file:
             file.truncate(100)
-        with pytest.raises(UserError, match=r"train\.bin: truncated: 100 bytes"):
-            for step in range(1, 4):  # the step that was read ahead may still be good
-                list(loader.micro_batches(step * 4 * S, **STEP))
-        with pytest.raises(UserError, match="truncated"):  # the threads live on and say it again
-            list(loader.micro_batches(40 * S, **STEP))
+        for position in (40 * S, 50 * S, 90 * S):  # the threads live on and say it again
+            with pytest.raises(UserError, match=r"train\.bin: truncated: 100 bytes"):
+                list(loader.micro_batches(position, **STEP))
 
 
 def test_close_ends_the_threads_and_they_are_daemons(data):
@@ -335,173 +321,3 @@ def test_a_forgotten_loader_leaves_no_threads(data):
     while reader_threads() and time.monotonic() < deadline:
         time.sleep(0.005)
     assert reader_threads() == []
-
-
-# ---- evaluation -----------------------------------------------------------------------------------------------------
-
-
-def predictions(cfg, mbs, length, dp_size, max_sequences=None):
-    """[(token, label)] that count, in row order, after checking that the ranks agree on the number of batches."""
-    loaders = [build(cfg, "validation", dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
-    batches = [list(loader.evaluation_batches(mbs, length, max_sequences)) for loader in loaders]
-    assert len({len(own) for own in batches}) == 1
-    pairs = []
-    for m in range(len(batches[0])):
-        for rank in range(dp_size):
-            b = batches[rank][m]
-            assert b.tokens_bs.shape == b.labels_bs.shape == b.loss_mask_bs.shape == (mbs, length)
-            pairs += zip(b.tokens_bs[b.loss_mask_bs == 1].tolist(), b.labels_bs[b.loss_mask_bs == 1].tolist(),
-                         strict=True)
-            assert b.tokens_bs[b.loss_mask_bs == 0].eq(0).all()
-    return pairs
-
-
-def pairs_of(folder, split="validation"):
-    tokens = [int(t) for document in IndexedDataset(folder / split) for t in document]
-    return list(zip(tokens, tokens[1:], strict=False))
-
-
-@pytest.mark.parametrize(("mbs", "length", "dp_size"), [(1, S, 1), (4, S, 2), (3, 7, 3), (2, 1, 1), (1, 50, 1), (2, 64, 2)])
-def test_evaluation_predicts_every_token_once_in_file_order(data, mbs, length, dp_size):
-    assert predictions(config(data), mbs, length, dp_size) == pairs_of(data)
-
-
-def test_evaluation_of_a_blend_takes_one_source_after_the_other(blend):
-    expected = [pair for folder, _ in blend for pair in pairs_of(folder)]
-    assert predictions(config(blend=blend), 3, 10, 2) == expected
-
-
-def test_evaluation_can_be_cut_short(data):
-    assert predictions(config(data), 2, 10, 2, max_sequences=3) == pairs_of(data)[:30]
-    assert predictions(config(data), 2, 10, 2, max_sequences=0) == []
-    assert predictions(config(data), 2, 10, 2, max_sequences=99) == pairs_of(data)
-
-
-def test_a_validation_split_shorter_than_a_sample_is_fine(tmp_path):
-    folder = prepare(tmp_path / "d", validation=[2])
-    assert predictions(config(folder), 2, S, 2) == pairs_of(folder)
-    for sizes in ([], [1]):
-        with pytest.raises(UserError, match=rf"validation\.bin: {sum(sizes)} tokens, evaluation needs at least 2"):
-            predictions(config(prepare(tmp_path / "e", validation=sizes)), 2, S, 1)
-
-
-# ---- cache ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_index_lies_beside_the_data_or_where_it_is_asked_for(data, tmp_path):
-    for cfg, folder in [(config(data), data / "index_cache"), (config(data, cache_dir=tmp_path / "x"), tmp_path / "x")]:
-        with build(cfg, "train", dp_rank=0, dp_size=1) as loader:
-            loader.sample_ids(0, 1, S)
-        assert len(list(folder.glob("*.samples"))) == 1
-
-
-def test_data_prepared_anew_at_the_same_path_is_read_anew(data, tmp_path):
-    rows = []
-    for seed, sizes in [(0, [100, 90, 80]), (1, [80, 90, 100]), (2, [80, 90, 100])]:
-        prepare(data, seed, train=sizes)
-        rows.append(global_rows(config(data), 0, 8, 1, S, 1))
-        reference = Reference([data], [1])
-        assert rows[-1] == [reference.row(j * S, S) for j in range(8)]
-    assert rows[0] != rows[1] != rows[2]
-
-
-# ---- bad input ------------------------------------------------------------------------------------------------------
-
-
-def refused(cfg, split="train") -> str:
-    with pytest.raises(UserError) as caught:
-        build(cfg, split, dp_rank=0, dp_size=1)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_a_directory_that_is_not_there_or_no_directory(data, tmp_path):
-    assert f"{tmp_path / 'nowhere'}: no such directory" in refused(config(tmp_path / "nowhere"))
-    assert "train.bin: not a directory" in refused(config(data / "train.bin"))
-    (tmp_path / "empty").mkdir()
-    assert f"{tmp_path / 'empty' / 'train.idx'}: file not found" in refused(config(tmp_path / "empty"))
-
-
-def test_files_that_are_not_the_manifests(data, tmp_path):
-    whole = (data / "train.bin").read_bytes()
-    (data / "train.bin").write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-    assert "train.bin: is not the file manifest.json describes (bin_sha256" in refused(config(data))
-    (data / "train.bin").write_bytes(whole)
-    prepare(tmp_path / "other", train=[7, 330])
-    for end in ("bin", "idx"):
-        (data / f"train.{end}").write_bytes((tmp_path / "other" / f"train.{end}").read_bytes())
-    assert "train.idx: is not the file manifest.json describes (idx_sha256" in refused(config(data))
-    (data / "train.bin").write_bytes(whole[:-2])
-    assert "train.bin: truncated" in refused(config(data))
-
-
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1, 2]"])
-def test_a_damaged_manifest(data, content):
-    (data / "manifest.json").write_bytes(content)
-    assert "manifest.json: " in refused(config(data))
-
-
-def test_large_files_are_held_against_the_manifest_by_size_and_index_only(data, monkeypatch):
-    monkeypatch.setattr(prepared, "HASHED_BYTES", 10)
-    monkeypatch.setattr(IndexedDataset, "bin_sha256", lambda self: pytest.fail("hashed all of it"))
-    build(config(data), "train", dp_rank=0, dp_size=1)
-
-
-def test_megatrons_own_files_need_no_manifest(tmp_path):
-    folder = prepare(tmp_path / "d", manifest=False, train=[100, 50])
-    assert len(global_rows(config(folder), 0, 2, 1, S, 1)) == 2
-
-
-def test_tokens_outside_the_vocabulary_are_found_when_read(data):
-    manifest = json.loads((data / "manifest.json").read_text())
-    manifest["vocab_size"] = 10
-    (data / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"train\.bin: holds token \d+, outside the vocabulary of 10"):
-        global_rows(config(data), 0, 2, 1, S, 1)
-    with pytest.raises(UserError, match=r"validation\.bin: holds token \d+, outside the vocabulary of 10"):
-        predictions(config(data), 1, S, 1)
-
-
-def test_too_little_data_is_said_when_training_is_built(tmp_path):
-    folder = prepare(tmp_path / "d", train=[10, 6], validation=[9])
-    message = refused(config(folder))
-    assert "16 tokens are less than one sample of 17" in message
-    assert "set model.seq_length to 15 or less" in message
-    build(config(folder), "validation", dp_rank=0, dp_size=1)
-
-
-def test_blends_that_make_no_sense(blend, data):
-    paths = [path for path, _ in blend]
-    for weight in (0, -0.5, float("nan")):
-        assert "data.blend[1].weight" in refused(config(blend=[(paths[0], 1), (paths[1], weight)]))
-    again = paths[0] / ".." / paths[0].name
-    assert "data.blend[2]" in refused(config(blend=[(paths[0], 1), (paths[1], 1), (again, 1)]))
-    assert "set either data.path or data.blend" in refused(config())
-    assert "set either data.path or data.blend" in refused(config(data, blend=blend))
-    assert "data.num_workers: -1 is negative" in refused(config(data, num_workers=-1))
-
-
-def test_batches_and_lengths_that_do_not_fit(data):
-    loader = build(config(data), "train", dp_rank=1, dp_size=2)
-    for bad, said in [
-        ({"global_batch_size": 6, "micro_batch_size": 2, "seq_length": S}, "train.global_batch_size: 6 .* multiple of 4"),
-        ({"global_batch_size": 0, "micro_batch_size": 2, "seq_length": S}, "train.global_batch_size"),
-        ({"global_batch_size": 4, "micro_batch_size": 0, "seq_length": S}, "train.global_batch_size"),
-        ({"global_batch_size": 4, "micro_batch_size": 2, "seq_length": S + 1}, "17 tokens are not between 1 and"),
-        ({"global_batch_size": 4, "micro_batch_size": 2, "seq_length": 0}, "0 tokens are not between 1 and"),
-    ]:
-        with pytest.raises(UserError, match=said):
-            loader.micro_batches(0, **bad)
-    with pytest.raises(ValueError, match="negative"):
-        loader.micro_batches(-1, **STEP)
-    with pytest.raises(ValueError, match="dp_rank 2 of dp_size 2"):
-        build(config(data), "train", dp_rank=2, dp_size=2)
-
-
-def test_an_unwritable_cache_folder_that_was_asked_for_is_an_error(data, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with (
-        build(config(data, cache_dir=tmp_path / "file" / "cache"), "train", dp_rank=0, dp_size=1) as loader,
-        pytest.raises(UserError, match=r"file/cache: cannot write the index cache"),
-    ):
-        loader.sample_ids(0, 1, S)

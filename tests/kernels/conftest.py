@@ -10,7 +10,7 @@ from engine_kernels import _cpu, dispatch
 from torch import Tensor
 
 BEST = _cpu.instruction_set()
-RUNNABLE = [name for name in ("avx512", "avx2", "plain") if _cpu.use_instruction_set(name)]
+RUNNABLE = [name for name in ("avx512_bf16", "avx512", "avx2", "plain") if _cpu.use_instruction_set(name)]
 _cpu.use_instruction_set(BEST)
 
 Check = Callable[..., None]

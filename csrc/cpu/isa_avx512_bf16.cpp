@@ -1,0 +1,25 @@
+// The kernels for processors with AVX-512 and its bfloat16 products (Cooper Lake, Zen 4 and later).
+#include "kernels.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")
+#endif
+#define ISA avx512_bf16
+#define LANES 16
+#define BF16_PRODUCTS
+#include "isa_body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+namespace mainspring {
+const Kernels kernels_avx512_bf16 = {"avx512_bf16", ISA::rms_norm_fwd, ISA::rms_norm_bwd, ISA::split_rotary_fwd, ISA::split_rotary_bwd,
+    ISA::swiglu_fwd, ISA::swiglu_bwd, ISA::cross_entropy_stats, ISA::cross_entropy_grad,
+    ISA::attention_workspace, ISA::attention_fwd, ISA::attention_bwd};
+}  // namespace mainspring
+#endif
