@@ -7,11 +7,14 @@ Sides, at each precision: ``engine``; ``eager`` and ``compile`` (torch.compile) 
 fp32 weights and run under autocast, as Trainer's bf16=True does, and as the engine keeps fp32 master weights.
 ``eager-pure`` and ``compile-pure`` hold weights and optimizer state in bf16, which is faster and loses small updates.
 
+All sides stay in memory at once. On one GPU, five sides of the 1b model do not fit: name two or three with ``--sides``.
+
 MFU: model FLOPs (engine/train/flops.py: matrix products forward and backward, the causal half of attention, no
 embedding look-up), over the best rate of a large matrix product in that precision measured on this CPU just before, or
 over a GPU's dense bf16 peak from its data sheet. ``memory`` is the peak after warm-up: resident set on a CPU, allocated
 on a GPU. ``start-up`` lasts from the process's start until it is ready to train; ``first step`` comes on top
-(compilation included). ``idle CPU`` is what a side used while the others ran: far from 0, the result is worthless.
+(compilation included). ``CPU s/step`` is processor time of all threads, which a busy machine disturbs less than the
+clock. ``idle CPU`` is what a side used while the others ran: far from 0, the result is worthless.
 """
 
 from __future__ import annotations
@@ -49,7 +52,6 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--sides", help="some of engine,eager,compile,eager-pure,compile-pure (all that apply)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps-per-round", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads of each side (all cores)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     for name in ("seq-length", "global-batch-size", "micro-batch-size"):
         parser.add_argument(f"--{name}", type=int, default=None, help="the model's own")
@@ -193,7 +195,9 @@ def _row(worker: Worker, plan: dict[str, Any], answers: dict[str, list[dict]], f
         other = _reference(answers, precision, kind)
         values[f"x {kind}"] = median_ratio(_seconds(other), _seconds(mine)) if other else None
     peak = peaks[precision]
-    values |= {"MFU %": 100 * rate * _flops_per_token(plan) / peak if peak else None,
+    steps = sum(len(answer["losses"]) for answer in mine)
+    values |= {"CPU s/step": sum(answer["cpu_seconds"] for answer in mine) / steps,
+               "MFU %": 100 * rate * _flops_per_token(plan) / peak if peak else None,
                "peak TFLOP/s": peak / 1e12 if peak else None,
                "memory GB": max(answer["memory_gb"] for answer in mine),
                "first loss": first["losses"][0], "last loss": mine[-1]["losses"][-1],

@@ -1,7 +1,7 @@
 """What every benchmark suite shares: rows, the machine and versions they were measured on, tables, comparison.
 
 A suite is a module ``benchmarks/bench_<name>.py`` with ``run(options) -> list[Row]`` and, if it has options of its own,
-``add_options(parser)``. ``benchmarks/run.py`` finds it by name.
+``add_options(parser)``. ``benchmarks/run.py`` finds it by name; ``options.threads`` (None: all cores) is its own.
 """
 
 from __future__ import annotations

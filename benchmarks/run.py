@@ -29,7 +29,9 @@ def load_suite(name: str) -> ModuleType:
     """benchmarks.bench_<name>. Raises UserError when there is none."""
     if name not in suite_names():
         raise UserError(f"no benchmark suite {name!r}", fix=f"There are: {', '.join(suite_names())}")
-    return importlib.import_module(f"benchmarks.bench_{name}")
+    suite = importlib.import_module(f"benchmarks.bench_{name}")
+    assert hasattr(suite, "run"), f"benchmarks/bench_{name}.py has no run(options) -> list[Row]"
+    return suite
 
 
 def load_earlier(path: Path) -> dict:
@@ -52,6 +54,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--compare", type=Path, help="an earlier --json file")
     parser.add_argument("--tolerance", type=float, default=0.05, help="a regression is worse by more than this (0.05)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads of what is measured (all cores)")
     for name in [name for name in suite_names() if name in argv]:  # the suites named decide which options there are
         suite = load_suite(name)
         if hasattr(suite, "add_options"):

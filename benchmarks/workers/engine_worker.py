@@ -19,11 +19,11 @@ def build(config: dict) -> tuple[Step, dict]:
 
     cfg = Config.model_validate(engine_config(config))
     groups = topology.build(cfg)
-    chunks = model_build.model(cfg, groups, cfg.model.vocab_size)
+    chunks = model_build.model(cfg, groups, config["shape"]["vocab_size"])
     if config["load_weights"]:
         load_llama_weights(chunks[0], config["load_weights"])
     parameters = model_build.parameter_count(chunks)
-    wrapped = wrap.apply(chunks, cfg, groups)
+    wrapped: list[torch.nn.Module] = [*wrap.apply(chunks, cfg, groups)]
     optimizer = optim.build(wrapped, cfg, groups)
     train_step.prepare(wrapped)
     data, state = ArrayLoader(config["tokens"]), TrainState()

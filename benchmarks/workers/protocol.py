@@ -43,12 +43,12 @@ def serve(build: Callable[[dict], tuple[Step, dict]]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "run" in request:
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             losses = [step(done + i) for i in range(request["run"])]
             losses = [float(loss) for loss in losses]  # waits for a GPU, within the time measured
-            seconds = time.perf_counter() - started
+            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
             done += request["run"]
-            answer(seconds=seconds, losses=losses, memory_gb=_peak_memory() / 1e9)
+            answer(seconds=seconds, cpu_seconds=cpu_seconds, losses=losses, memory_gb=_peak_memory() / 1e9)
         else:
             _reset_peak_memory()
             answer(reset=True)
@@ -93,14 +93,19 @@ class Worker:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
                                     "TOKENIZERS_PARALLELISM": "false",
                                     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+        if config.get("device") == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # Megatron-core asks torch whether there is a GPU
         started = time.perf_counter()
         self._process = subprocess.Popen([sys.executable, "-m", module], cwd=ROOT, env=environment, text=True,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
         self.facts = self._ask(config)
         self.startup_seconds = time.perf_counter() - started
 
     def run(self, steps: int) -> dict:
-        """Trains ``steps`` more global batches. -> {"seconds", "losses", "memory_gb"}."""
+        """Trains ``steps`` more global batches. -> {"seconds", "cpu_seconds", "losses", "memory_gb"}."""
         return self._ask({"run": steps})
 
     def reset_memory(self) -> None:
@@ -115,9 +120,9 @@ class Worker:
 
     def _ask(self, request: dict) -> dict:
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            self._requests.write(json.dumps(request) + "\n")
+            self._requests.flush()
+            line = self._answers.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -129,13 +134,13 @@ class Worker:
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._requests.close()
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._answers.close()
         self._stderr.close()
 
 

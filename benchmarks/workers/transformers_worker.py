@@ -24,7 +24,8 @@ def build(config: dict) -> tuple[Step, dict]:
 
         # named_parameters, not state_dict, where a tied output head is the embedding under a second name.
         save_file({name: p.detach() for name, p in model.named_parameters()}, config["save_weights"])
-    model = model.to(device, torch.bfloat16 if config["precision"] == "pure" else torch.float32).train()
+    dtype = torch.bfloat16 if config["precision"] == "pure" else torch.float32
+    model = model.to(device=device, dtype=dtype).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": config["weight_decay"]},

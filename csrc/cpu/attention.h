@@ -79,7 +79,8 @@ struct ForwardSpace {
         k_rows = m.take<C>(s * d), v_columns = m.take<C>(s * d), rows = m.take<C>(kTile * d);
         weights = m.take<C>(kTile * kTile), q_right = m.take<typename Right<C>::type>(kTile * d);
         weights_right = m.take<typename Right<C>::type>(kTile * kTile), tile = m.take<float>(kTile * kTile);
-        out = m.take<float>(kTile * d), top = m.take<float>(kTile), sum = m.take<float>(kTile), fix = m.take<float>(kTile);
+        out = m.take<float>(kTile * d), top = m.take<float>(kTile), sum = m.take<float>(kTile);
+        fix = m.take<float>(kTile);
     }
 };
 
@@ -128,7 +129,8 @@ void attention_fwd_task(const Attention& a, int64_t task, char* workspace) {
     for (int64_t h = ig * a.queries; h < (ig + 1) * a.queries; ++h)
         for (int64_t i = 0; i < s; i += kTile) {
             const int64_t rows = a.s - i < kTile ? a.s - i : kTile;
-            pack_rows(static_cast<const T*>(a.q) + ib * a.q_b + h * a.q_h + i * a.q_s, a.q_s, rows, a.d, kTile, d, w.rows);
+            const T* q_rows = static_cast<const T*>(a.q) + ib * a.q_b + h * a.q_h + i * a.q_s;
+            pack_rows(q_rows, a.q_s, rows, a.d, kTile, d, w.rows);
             right_over_columns(w.rows, d, w.q_right);
             for (int64_t q = 0; q < kTile; ++q) w.top[q] = -__builtin_inff(), w.sum[q] = 0;
             __builtin_memset(w.out, 0, kTile * d * sizeof(float));
@@ -138,15 +140,16 @@ void attention_fwd_task(const Attention& a, int64_t task, char* workspace) {
                                diagonal ? kRowsToColumn : kAll);
                 if (diagonal) mask_above_diagonal(w.tile, -__builtin_inff());
                 online_softmax(w.tile, a.scale, w.top, w.sum, w.fix, w.out, d);
-                product<true>(w.v_columns + j * d, kTile, right_over_rows(left(w.tile, w.weights), kTile, w.weights_right),
-                              kTile, w.out, kTile, d, kTile, kTile, diagonal ? kDepthToColumn : kAll);
+                auto weights = right_over_rows(left(w.tile, w.weights), kTile, w.weights_right);
+                product<true>(w.v_columns + j * d, kTile, weights, kTile, w.out, kTile, d, kTile, kTile,
+                              diagonal ? kDepthToColumn : kAll);
             }
-            T* out = static_cast<T*>(a.out) + ((ib * a.groups * a.queries + h) * a.s + i) * a.d;
+            T* out = static_cast<T*>(a.out) + ib * a.out_b + h * a.out_h + i * a.out_s;
             float* lse = a.lse + (ib * a.groups * a.queries + h) * a.s + i;
             for (int64_t q = 0; q < rows; ++q) {
                 lse[q] = w.top[q] + __builtin_logf(w.sum[q]);
                 const float inverse = 1.0f / w.sum[q];
-                for (int64_t c = 0; c < a.d; ++c) store(out + q * a.d + c, w.out[c * kTile + q] * inverse);
+                for (int64_t c = 0; c < a.d; ++c) store(out + q * a.out_s + c, w.out[c * kTile + q] * inverse);
             }
         }
 }
@@ -160,7 +163,8 @@ struct BackwardSpace {
         using R = typename Right<C>::type;
         k_rows = m.take<C>(s * d), v_rows = m.take<C>(s * d), k_columns = m.take<C>(s * d), rows = m.take<C>(2 * s * d);
         weights = m.take<C>(kTile * kTile), scores_right = m.take<R>(kTile * kTile);
-        q_over_d = m.take<R>(s * d), do_over_d = m.take<R>(s * d), q_over_s = m.take<R>(s * d), do_over_s = m.take<R>(s * d);
+        q_over_d = m.take<R>(s * d), do_over_d = m.take<R>(s * d);
+        q_over_s = m.take<R>(s * d), do_over_s = m.take<R>(s * d);
         p = m.take<float>(kTile * kTile), dp = m.take<float>(kTile * kTile), dk = m.take<float>(s * d);
         dv = m.take<float>(s * d), dq = m.take<float>(s * d), lse = m.take<float>(s), delta = m.take<float>(s);
     }
@@ -213,15 +217,16 @@ void attention_bwd_task(const Attention& a, int64_t task, char* workspace) {
     for (int64_t h = ig * a.queries; h < (ig + 1) * a.queries; ++h) {
         const int64_t head = (ib * a.groups * a.queries + h) * a.s;
         const T* dout = static_cast<const T*>(a.dout) + ib * a.dout_b + h * a.dout_h;
-        const T* out = static_cast<const T*>(a.out) + head * a.d;
+        const T* q_rows = static_cast<const T*>(a.q) + ib * a.q_b + h * a.q_h;
+        const T* out = static_cast<const T*>(a.out) + ib * a.out_b + h * a.out_h;
         C* rows_do = w.rows + s * d;
-        pack_queries(static_cast<const T*>(a.q) + ib * a.q_b + h * a.q_h, a.q_s, a, s, d, w.rows, w.q_over_d, w.q_over_s);
+        pack_queries(q_rows, a.q_s, a, s, d, w.rows, w.q_over_d, w.q_over_s);
         pack_queries(dout, a.dout_s, a, s, d, rows_do, w.do_over_d, w.do_over_s);
         for (int64_t q = 0; q < s; ++q) {
             float dot = 0;
             if (q < a.s) {
                 SIMD_SUM(dot)
-                for (int64_t c = 0; c < a.d; ++c) dot += load(dout + q * a.dout_s + c) * load(out + q * a.d + c);
+                for (int64_t c = 0; c < a.d; ++c) dot += load(dout + q * a.dout_s + c) * load(out + q * a.out_s + c);
             }
             w.delta[q] = dot, w.lse[q] = q < a.s ? a.lse[head + q] : __builtin_inff();  // padding: P = exp(-inf)
         }

@@ -85,15 +85,16 @@ static void cross_entropy_grad(int dtype, Address logits, Address labels, Addres
     split_rows(n, threads, [&](int64_t begin, int64_t end, int) { kernels().cross_entropy_grad(a, begin, end); });
 }
 
-// strides: b, h, s of q, k, v, dout.  sizes: b, s, groups, queries, d.
+// strides: b, h, s of q, k, v, dout, out.  sizes: b, s, groups, queries, d.
 static Attention attention(int dtype, const std::array<Address, 4>& in, Address out, Address lse,
-                           const std::array<int64_t, 5>& sizes, const std::array<int64_t, 12>& strides, float scale) {
+                           const std::array<int64_t, 5>& sizes, const std::array<int64_t, 15>& strides, float scale) {
     Attention a{};
     a.dtype = dtype, a.scale = scale;
     a.s = sizes[1], a.groups = sizes[2], a.queries = sizes[3], a.d = sizes[4];
     a.q_b = strides[0], a.q_h = strides[1], a.q_s = strides[2], a.k_b = strides[3], a.k_h = strides[4];
     a.k_s = strides[5], a.v_b = strides[6], a.v_h = strides[7], a.v_s = strides[8];
     a.dout_b = strides[9], a.dout_h = strides[10], a.dout_s = strides[11];
+    a.out_b = strides[12], a.out_h = strides[13], a.out_s = strides[14];
     a.q = at<void>(in[0]), a.k = at<void>(in[1]), a.v = at<void>(in[2]), a.dout = at<void>(in[3]);
     a.out = at<void>(out), a.lse = at<float>(lse);
     return a;
@@ -106,7 +107,7 @@ static int64_t attention_workspace(int dtype, int64_t s, int64_t d, bool backwar
 }
 
 static void attention_fwd(int dtype, const std::array<Address, 4>& in, Address out, Address lse, Address workspace,
-                          int64_t bytes, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 12>& strides,
+                          int64_t bytes, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 15>& strides,
                           float scale, int threads) {
     const Attention a = attention(dtype, in, out, lse, sizes, strides, scale);
     split_rows(sizes[0] * a.groups, threads, [&](int64_t begin, int64_t end, int thread) {
@@ -116,7 +117,7 @@ static void attention_fwd(int dtype, const std::array<Address, 4>& in, Address o
 
 static void attention_bwd(int dtype, const std::array<Address, 4>& in, Address out, Address lse,
                           const std::array<Address, 3>& grads, Address workspace, int64_t bytes,
-                          const std::array<int64_t, 5>& sizes, const std::array<int64_t, 12>& strides, float scale,
+                          const std::array<int64_t, 5>& sizes, const std::array<int64_t, 15>& strides, float scale,
                           int threads) {
     Attention a = attention(dtype, in, out, lse, sizes, strides, scale);
     a.dq = at<void>(grads[0]), a.dk = at<void>(grads[1]), a.dv = at<void>(grads[2]);
@@ -127,7 +128,9 @@ static void attention_bwd(int dtype, const std::array<Address, 4>& in, Address o
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "Mainspring's CPU kernels: addresses, sizes, strides in elements, dtype code (0 fp32, 1 bf16), threads.";
-    auto def = [&m](const char* name, auto* function) { m.def(name, function, py::call_guard<py::gil_scoped_release>()); };
+    auto def = [&m](const char* name, auto* function) {
+        m.def(name, function, py::call_guard<py::gil_scoped_release>());
+    };
     def("rms_norm_fwd", rms_norm_fwd);
     def("rms_norm_bwd", rms_norm_bwd);
     def("split_rotary", split_rotary);
@@ -138,6 +141,6 @@ PYBIND11_MODULE(_cpu, m) {
     def("attention_workspace", attention_workspace);
     def("attention_fwd", attention_fwd);
     def("attention_bwd", attention_bwd);
-    m.def("instruction_set", [] { return kernels().name; }, "the instruction set in use: avx512_bf16, avx512, avx2 or plain");
+    m.def("instruction_set", [] { return kernels().name; }, "in use: avx512_bf16, avx512, avx2 or plain");
     m.def("use_instruction_set", &choose_kernels, "for tests: switch the whole process; False when it cannot run here");
 }

@@ -59,7 +59,8 @@ void cross_entropy_grad_rows(const CrossEntropy& a, int64_t begin, int64_t end) 
 }
 
 void cross_entropy_stats(const CrossEntropy& a, int64_t begin, int64_t end) {
-    a.dtype == kFloat32 ? cross_entropy_stats_rows<float>(a, begin, end) : cross_entropy_stats_rows<bf16>(a, begin, end);
+    a.dtype == kFloat32 ? cross_entropy_stats_rows<float>(a, begin, end)
+                        : cross_entropy_stats_rows<bf16>(a, begin, end);
 }
 void cross_entropy_grad(const CrossEntropy& a, int64_t begin, int64_t end) {
     a.dtype == kFloat32 ? cross_entropy_grad_rows<float>(a, begin, end) : cross_entropy_grad_rows<bf16>(a, begin, end);

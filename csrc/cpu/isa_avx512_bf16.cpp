@@ -3,7 +3,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target( \
+    "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")
@@ -18,8 +19,6 @@
 #pragma GCC pop_options
 #endif
 namespace mainspring {
-const Kernels kernels_avx512_bf16 = {"avx512_bf16", ISA::rms_norm_fwd, ISA::rms_norm_bwd, ISA::split_rotary_fwd, ISA::split_rotary_bwd,
-    ISA::swiglu_fwd, ISA::swiglu_bwd, ISA::cross_entropy_stats, ISA::cross_entropy_grad,
-    ISA::attention_workspace, ISA::attention_fwd, ISA::attention_bwd};
+const Kernels kernels_avx512_bf16 = KERNELS("avx512_bf16");
 }  // namespace mainspring
 #endif

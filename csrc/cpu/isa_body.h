@@ -1,7 +1,8 @@
 // The kernels, compiled once for each instruction set: an isa_*.cpp defines ISA, sets the target and includes this.
-// LANES (floats a register) and BF16_PRODUCTS come from there too: g++ does not redefine __AVX512F__ for a target pragma.
+// LANES (floats a register) and BF16_PRODUCTS come from there too: a target pragma leaves __AVX512F__ undefined in g++.
 #define INLINE static inline __attribute__((always_inline))
-#if defined(_OPENMP)  // the only licence to reorder a sum: no -ffast-math, whose crtfastmath.o would set FTZ process-wide
+// The only licence to reorder a sum: no -ffast-math, whose crtfastmath.o would flush denormals in the whole process.
+#if defined(_OPENMP)
 #define PRAGMA(text) _Pragma(#text)
 #define SIMD PRAGMA(omp simd)
 #define SIMD_SUM(v) PRAGMA(omp simd reduction(+ : v))
@@ -23,3 +24,8 @@ namespace ISA {
 #include "attention.h"
 }  // namespace ISA
 }  // namespace mainspring
+
+#define KERNELS(name)                                                                                             \
+    {name, ISA::rms_norm_fwd, ISA::rms_norm_bwd, ISA::split_rotary_fwd, ISA::split_rotary_bwd, ISA::swiglu_fwd,     \
+     ISA::swiglu_bwd, ISA::cross_entropy_stats, ISA::cross_entropy_grad, ISA::attention_workspace,                  \
+     ISA::attention_fwd, ISA::attention_bwd}

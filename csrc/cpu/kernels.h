@@ -1,7 +1,7 @@
 // The table of CPU kernels that every instruction-set translation unit (isa_*.cpp) fills.
 //
-// A kernel is a serial function over the rows [begin, end): launch.h splits the rows over OpenMP threads. So nothing
-// that is compiled for AVX-512 contains a parallel region, and no compiler has to carry target flags into outlined code.
+// A kernel is a serial function over the rows [begin, end): launch.h splits the rows over OpenMP threads. So nothing that
+// is compiled for AVX-512 contains a parallel region, and no compiler has to carry target flags into outlined code.
 // Tensors are addresses, sizes and strides in elements; the last dimension is always contiguous.
 #pragma once
 #include <cstdint>
@@ -21,7 +21,7 @@ struct RmsNorm {  // y = x * rstd * (w + offset); x [n, d], w [d] fp32, rstd [n]
     float* dw_partial;  // [threads, d]
 };
 
-struct SplitRotary {  // mixed [s, b, groups * (queries + 2) * d] <-> q [b, groups * queries, s, d], k, v [b, groups, s, d]
+struct SplitRotary {  // mixed [s, b, groups * (queries + 2) * d], q [b, groups * queries, s, d], k, v [b, groups, s, d]
     int dtype;
     int64_t s, b, groups, queries, d, half;  // half: rotary pairs a head
     int64_t mixed_s, mixed_b;
@@ -52,11 +52,11 @@ struct Attention {  // causal; q [b, groups * queries, s, d], k, v [b, groups, s
     int dtype;
     int64_t s, groups, queries, d;
     float scale;
-    int64_t q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, dout_b, dout_h, dout_s;
+    int64_t q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, dout_b, dout_h, dout_s, out_b, out_h, out_s;
     const void *q, *k, *v, *dout;
-    void* out;            // contiguous, as are dq, dk, dv
+    void* out;
     float* lse;           // [b, h, s], log of the sum of exp(score)
-    void *dq, *dk, *dv;
+    void *dq, *dk, *dv;   // contiguous
 };
 
 struct Kernels {

@@ -5,7 +5,8 @@ namespace mainspring {
 static const Kernels* runnable(const std::string& name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (name == "avx512_bf16" && __builtin_cpu_supports("avx512bf16") && runnable("avx512")) return &kernels_avx512_bf16;
+    if (name == "avx512_bf16" && __builtin_cpu_supports("avx512bf16") && runnable("avx512"))
+        return &kernels_avx512_bf16;
     if (name == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return &kernels_avx512;

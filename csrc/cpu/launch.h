@@ -10,7 +10,7 @@
 namespace mainspring {
 
 const Kernels& kernels();                       // the best this processor runs, or the one chosen below
-bool choose_kernels(const std::string& name);   // "avx512_bf16", "avx512", "avx2", "plain"; false when it cannot run here
+bool choose_kernels(const std::string& name);   // "avx512_bf16", "avx512", "avx2", "plain"; false where it cannot run
 
 // Calls body(begin, end, thread) on contiguous, fixed shares of the rows. The caller's thread works too, so one
 // thread costs nothing; threads without rows are called with begin == end (they zero their partial sums).

@@ -1,12 +1,12 @@
-// Small matrix products with the sums in registers: kRows x kColumns of the result at a time, by GCC's vector extension.
-// The right operand of a bf16 product holds pairs of consecutive k, as vdpbf16ps takes them.
+// Small matrix products with the sums in registers: kRows x kColumns of the result at a time, by the vector extension
+// of GCC and Clang. The right operand of a bf16 product holds pairs of consecutive k, as vdpbf16ps takes them.
 
 constexpr int64_t kLanes = LANES, kRows = LANES == 16 ? 8 : 4;  // 16 accumulators of 32 registers, 8 of 16
 constexpr int64_t kColumns = 2 * kLanes;
 typedef float vec __attribute__((vector_size(kLanes * 4)));
 typedef float vec_at __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
-// Which part of a product a tile on the diagonal needs; the rest stays as it was (or is garbage, for the caller to mask).
+// Which part of a product a tile on the diagonal needs; the rest is for the caller to mask.
 enum Part {
     kAll,
     kRowsToColumn,   // result rows up to the last column of each block of columns
@@ -30,7 +30,8 @@ INLINE void step(vec& sum0, vec& sum1, const bf16* a, vec b0, vec b1) {
 
 // c [kRows][kColumns] (+)= a [kRows][k] b [k][kColumns], k from k0 to k1; kPair values of k a row of b.
 template <bool kAdd, int64_t kPair, class A, class B>
-INLINE void product_block(const A* a, int64_t lda, const B* b, int64_t ldb, float* c, int64_t ldc, int64_t k0, int64_t k1) {
+INLINE void product_block(const A* a, int64_t lda, const B* b, int64_t ldb, float* c, int64_t ldc, int64_t k0,
+                          int64_t k1) {
     vec sum[kRows][2];
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r)

@@ -1,4 +1,4 @@
-// y = x * rstd * (w + offset), rstd = 1 / sqrt(mean(x^2) + eps). Backward, with g = dy * (w + offset) and xhat = x * rstd:
+// y = x * rstd * (w + offset), rstd = 1 / sqrt(mean(x^2) + eps). Backward, with g = dy * (w + offset), xhat = x * rstd:
 // dx = rstd * (g - xhat * mean(g * xhat)), dw = sum over rows of dy * xhat.
 
 template <class T>

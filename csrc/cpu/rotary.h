@@ -45,5 +45,6 @@ void split_rotary_fwd(const SplitRotary& a, int64_t begin, int64_t end) {
     a.dtype == kFloat32 ? split_rotary_rows<float, true>(a, begin, end) : split_rotary_rows<bf16, true>(a, begin, end);
 }
 void split_rotary_bwd(const SplitRotary& a, int64_t begin, int64_t end) {
-    a.dtype == kFloat32 ? split_rotary_rows<float, false>(a, begin, end) : split_rotary_rows<bf16, false>(a, begin, end);
+    a.dtype == kFloat32 ? split_rotary_rows<float, false>(a, begin, end)
+                        : split_rotary_rows<bf16, false>(a, begin, end);
 }

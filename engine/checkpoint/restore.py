@@ -38,7 +38,7 @@ def model(path: Path | str, *, device: str = "auto", precision: str = "auto", ve
     checkpoint = layout.find(path)
     if verify:
         layout.verify(checkpoint)
-    cfg = load_yaml(Config, checkpoint / "config.yaml")
+    cfg = Config(**load_yaml(checkpoint / "config.yaml"))
     train = cfg.train.model_copy(update={"micro_batch_size": 1, "global_batch_size": topology.world_size(),
                                          "batch_size_schedule": None, "recompute": "none"})
     if precision != "auto":

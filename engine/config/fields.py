@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -63,17 +63,17 @@ class Leaf:
 
     @property
     def default(self) -> Any:
-        value = self.info.get_default(call_default_factory=True) if not self.info.is_required() else PydanticUndefined
-        return value
+        return PydanticUndefined if self.info.is_required() else self.info.get_default(call_default_factory=True)
 
 
-def options(annotation: Any) -> list[Any]:
+@cache
+def options(annotation: Any) -> tuple[Any, ...]:
     """The members of a union, without ``Annotated``; a type that is no union is its own only member."""
     if get_origin(annotation) is Annotated:
         return options(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return [kind for member in get_args(annotation) for kind in options(member)]
-    return [annotation]
+        return tuple(kind for member in get_args(annotation) for kind in options(member))
+    return (annotation,)
 
 
 def choices(annotation: Any) -> list[Any]:
@@ -106,13 +106,20 @@ def submodel(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def walk(model: type[BaseModel], prefix: str = "") -> Iterator[Leaf]:
+def walk(model: type[BaseModel]) -> tuple[Leaf, ...]:
     """Every field in order of declaration, sections before the fields inside them."""
+    return _walk(model, "")
+
+
+@cache
+def _walk(model: Any, prefix: str) -> tuple[Leaf, ...]:
+    found: list[Leaf] = []
     for name, info in model.model_fields.items():
-        yield Leaf(prefix + name, info, model)
+        found.append(Leaf(prefix + name, info, model))
         inner = submodel(info.annotation)
         if inner is not None:
-            yield from walk(inner, f"{prefix}{name}.")
+            found += _walk(inner, f"{prefix}{name}.")
+    return tuple(found)
 
 
 def find(model: type[BaseModel], loc: Loc) -> tuple[Any, FieldInfo | None]:

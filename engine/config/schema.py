@@ -71,9 +71,10 @@ class Config(Section):
         if world_size < 1 or world_size % group:
             names = ["tensor", "pipeline", "context", *(["expert", "expert_tensor"] if self.model.moe else [])]
             sizes = " x ".join(f"{name} {getattr(p, name)}" for name in names if (getattr(p, name) or 1) > 1)
+            started = "rank does" if world_size == 1 else "ranks do"
             fits = near_multiple(max(world_size, 0), group) if world_size > group else str(group)
             raise UserError(
-                f"{world_size} ranks do not fit {sizes or 'any layout'}, which takes a multiple of {group}",
+                f"{world_size} {started} not fit {sizes or 'any layout'}, which takes a multiple of {group}",
                 where="parallel",
                 fix=f"Start {fits} ranks, or change those sizes",
             )

@@ -19,6 +19,7 @@ MAX_NODES = 100_000  # aliases of aliases can make a small file expand to anythi
 class _Loader(yaml.SafeLoader):
     """SafeLoader that leaves the reading of plain words to ``scalars``."""
 
+
 _Loader.yaml_implicit_resolvers = {}
 
 

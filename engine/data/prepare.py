@@ -64,15 +64,14 @@ def prepare(config: PrepareConfig, *, log: Log = _silent, progress: Log = _silen
 
 
 def _check_place(config: PrepareConfig) -> None:
-    output = config.output
-    fix = "Choose another --output."
+    output, fix = config.output, "Choose another --output."
+    for source in [*config.input, *([config.tokenizer] if config.tokenizer else [])]:
+        if output.resolve() in [source.resolve(), *source.resolve().parents]:
+            raise UserError(f"holds the input {show(source)}", where=show(output), fix=fix)
     if output.exists() and not output.is_dir():
         raise UserError("is a file", where=show(output), fix=fix)
     if output.is_dir() and any(output.iterdir()) and not manifests.is_prepared(output):
         raise UserError("exists and is not a prepared directory", where=show(output), fix=f"{fix[:-1]}, or empty it.")
-    for source in [*config.input, *([config.tokenizer] if config.tokenizer else [])]:
-        if output.resolve() in [source.resolve(), *source.resolve().parents]:
-            raise UserError(f"holds the input {show(source)}", where=show(output), fix=fix)
 
 
 def _reuse(config: PrepareConfig, listing: Listing, settings: dict, log: Log) -> dict[str, Any]:

@@ -133,7 +133,8 @@ def _walk(root: Path, config: PrepareConfig, listing: Listing) -> Iterator[str]:
             if (identity.st_dev, identity.st_ino) in entered:
                 continue
             entered.add((identity.st_dev, identity.st_ino))
-            entries = sorted(os.scandir(root / folder), key=lambda entry: os.fsencode(entry.name), reverse=True)
+            with os.scandir(root / folder) as found:
+                entries = sorted(found, key=lambda entry: os.fsencode(entry.name), reverse=True)
         except OSError as error:
             listing.unreadable.append((show(root / folder), error.strerror or str(error)))
             continue

@@ -192,7 +192,7 @@ def train_tokenizer(
     *,
     specials: int = 16,
     eod_token: str = EOD,
-) -> Tokenizer:
+) -> HuggingFaceTokenizer:
     """Train a byte-level tokenizer: ``decode(encode(text)) == text`` for any text, whatever it was trained on.
 
     ``vocab_size`` (tokens) includes the ``specials`` and the 256 bytes; with little text fewer are learned.

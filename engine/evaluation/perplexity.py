@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from engine.parallel.topology import Groups
 
 @torch.no_grad()
 def evaluate(
-    chunks: list[torch.nn.Module],
+    chunks: list[Any],
     loader: Loader,
     groups: Groups,
     *,

@@ -9,12 +9,12 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from engine_kernels.rotary import rotary_reference, split_qkv_rotary
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
 from megatron.core.transformer.module import MegatronModule
 
 from engine.model.config import ModelSettings
-from engine_kernels.rotary import rotary_reference, split_qkv_rotary
 
 
 @functools.lru_cache(maxsize=64)

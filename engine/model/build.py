@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
 from engine.config import Config
 from engine.model import config as model_config
@@ -17,7 +17,7 @@ def _stages(cfg: Config, groups: Groups) -> list[tuple[int | None, bool, bool]]:
     return [(v, rank == 0 and v == 0, rank == size - 1 and v == chunks - 1) for v in range(chunks)]
 
 
-def model(cfg: Config, groups: Groups, vocab_size: int) -> list[torch.nn.Module]:
+def model(cfg: Config, groups: Groups, vocab_size: int) -> list[Any]:
     """The model chunks of this rank, initialised by parameter name, on the device, in training mode.
 
     One chunk, or ``parallel.virtual_pipeline`` of them. ``vocab_size`` is the tokenizer's.
@@ -55,6 +55,6 @@ def model(cfg: Config, groups: Groups, vocab_size: int) -> list[torch.nn.Module]
     return chunks
 
 
-def parameter_count(chunks: list[torch.nn.Module]) -> int:
+def parameter_count(chunks: list[Any]) -> int:
     """Parameters held by this rank."""
     return sum(p.numel() for chunk in chunks for p in chunk.parameters())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,7 +57,7 @@ def _forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module):
 
 
 def run(
-    chunks: list[torch.nn.Module],
+    chunks: list[Any],
     batches: Iterable[Batch],
     groups: Groups,
     *,

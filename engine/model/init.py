@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def _std(name: str, settings: ModelSettings) -> float:
 
 
 @torch.no_grad()
-def initialise(chunks: list[torch.nn.Module], settings: ModelSettings, seed: int, *, tied: bool) -> None:
+def initialise(chunks: list[Any], settings: ModelSettings, seed: int, *, tied: bool) -> None:
     """Draws every parameter of this rank's model chunks in place."""
     for chunk in chunks:
         tp = chunk.pg_collection.tp

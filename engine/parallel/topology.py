@@ -6,6 +6,7 @@ import datetime
 import os
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ class Groups:
     rank: int
     world_size: int
     device: torch.device
-    pg: object  # megatron.core ProcessGroupCollection
+    pg: Any  # megatron.core ProcessGroupCollection
 
     @property
     def data_parallel_rank(self) -> int:

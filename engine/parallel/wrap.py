@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
@@ -24,7 +26,7 @@ def ddp_config(cfg: Config, groups: Groups) -> DistributedDataParallelConfig:
     )
 
 
-def apply(chunks: list[torch.nn.Module], cfg: Config, groups: Groups) -> list[DistributedDataParallel]:
+def apply(chunks: list[Any], cfg: Config, groups: Groups) -> list[DistributedDataParallel]:
     """The model chunks wrapped for training. Gradients land in each parameter's ``main_grad`` (fp32)."""
     wrapped = []
     for i, chunk in enumerate(chunks):

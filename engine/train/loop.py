@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -79,7 +80,7 @@ def _validate(evaluate: Callable[[], dict], state: TrainState) -> dict[str, floa
 
 def run(
     cfg: Config,
-    chunks: list[torch.nn.Module],
+    chunks: list[Any],
     optimizer,
     data,
     groups: Groups,

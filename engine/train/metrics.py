@@ -21,7 +21,7 @@ import math
 import numbers
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from engine.errors import UserError
 from engine.train.console import Console
@@ -32,9 +32,9 @@ class LoggingOptions(Protocol):
     """The fields this file reads of ``engine.config.LoggingConfig``."""
 
     tensorboard: bool
-    wandb: str  # off | online | offline
-    wandb_project: str | None
-    progress: str  # auto | on | off
+    wandb: Literal["off", "online", "offline"]
+    wandb_project: str
+    progress: Literal["auto", "on", "off"]
 
 
 def perplexity(loss: float) -> float:

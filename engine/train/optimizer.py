@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from typing import Any
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
@@ -68,7 +69,7 @@ def _in_apex_place():
         megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = saved
 
 
-def build(chunks: list[torch.nn.Module], cfg: Config, groups: Groups) -> MegatronOptimizer:
+def build(chunks: list[Any], cfg: Config, groups: Groups) -> MegatronOptimizer:
     """The optimizer over wrapped model chunks. Vectors (norm weights, biases) are not decayed."""
     settings, t = chunks[0].config, cfg.train
     config = OptimizerConfig(

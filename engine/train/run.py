@@ -15,12 +15,17 @@ from engine.train.metrics import MetricLogger
 from engine.train.state import TrainState
 
 
+def data_folders(cfg: Config) -> list[Path]:
+    """The prepared directories that the run reads."""
+    return [cfg.data.path] if cfg.data.path is not None else [entry.path for entry in cfg.data.blend]
+
+
 def tokenizer_folder(cfg: Config) -> Path:
     """The tokenizer that the data was prepared with.
 
     Raises ``UserError`` when there is none, or when the sources of a blend were tokenized by different ones.
     """
-    paths = [cfg.data.path] if cfg.data.path is not None else [entry.path for entry in cfg.data.blend]
+    paths = data_folders(cfg)
     if not paths:
         raise UserError("no data is named", where="data.path", fix="Give a folder that `mainspring prepare` wrote")
     hashes = {}

@@ -10,7 +10,7 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from engine.errors import UserError
 
@@ -108,11 +108,12 @@ class WandbSink:
     W&B takes rows in step order only: rows repeated after a resume, which are equal to the first ones, it ignores.
     """
 
-    def __init__(self, output_dir: Path, *, mode: str, project: str | None, name: str, run_config: Mapping[str, Any],
-                 start_step: int):
+    def __init__(self, output_dir: Path, *, mode: Literal["online", "offline"], project: str, name: str,
+                 run_config: Mapping[str, Any], start_step: int):
         self.where = output_dir / "wandb"
         try:
             import wandb
+            from wandb.errors import Error as WandbError
         except ImportError as error:
             raise UserError("Weights & Biases is asked for, but the package wandb is not installed",
                             where="logging.wandb",
@@ -126,9 +127,9 @@ class WandbSink:
         try:
             # console="off": W&B would otherwise wrap stdout and stderr, under the progress bar's feet.
             settings = wandb.Settings(console="off", silent=True)
-            self._run = wandb.init(project=project or "mainspring", name=name, id=run_id, dir=str(output_dir),
+            self._run = wandb.init(project=project, name=name, id=run_id, dir=str(output_dir),
                                    mode=mode, config=dict(run_config), resume="allow", settings=settings)
-        except wandb.errors.Error as error:
+        except WandbError as error:
             raise UserError(f"Weights & Biases did not start: {error}", where="logging.wandb",
                             fix="Set logging.wandb to offline and `wandb sync` later, or to off") from error
         replace_file(id_file, run_id + "\n")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from megatron.core.distributed import finalize_model_grads
 
 from engine.config import Config
@@ -27,7 +27,7 @@ class StepResult:
     stepped: bool
 
 
-def prepare(chunks: list[torch.nn.Module]) -> None:
+def prepare(chunks: list[Any]) -> None:
     """Hooks Megatron's schedules up with the wrapped model. Once, before the first step."""
     settings = chunks[0].config
     settings.finalize_model_grads_func = finalize_model_grads

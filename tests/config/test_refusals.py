@@ -20,17 +20,21 @@ REFUSALS = [
      "model.num_attention_heads: 5 heads do not divide hidden_size 384. Use 4 heads, or set model.head_dim"),
     ({"model": {"num_query_groups": 4}}, "model.num_query_groups: 4 groups do not divide 6 heads. Use 3 groups"),
     ({"model": {"head_dim": 33}},
-     "model.head_dim: 33 is odd, and the rotary embedding turns pairs. Use fewer or more heads, or set an even model.head_dim"),
+     "model.head_dim: 33 is odd, and the rotary embedding turns pairs. Use fewer or more heads, or set an even "
+     "model.head_dim"),
     ({"model": {"rotary_percent": 0.01}}, "model.rotary_percent: 0.01 of a head of 64 is less than one pair. Use 1.0"),
-    ({"model": {"full_attention_every": 2}}, "model.full_attention_every: is for models with a window, but window_size is null. "
+    ({"model": {"full_attention_every": 2}}, "model.full_attention_every: is for models with a window, but "
+     "window_size is null. "
      "Set model.window_size, or full_attention_every to null"),
     ({"model": {"seq_length": 8192, "yarn": {"factor": 1.5, "original_seq_length": 4096}}},
-     "model.yarn.factor: stretches the context to 6144 tokens, but model.seq_length is 8192. Raise factor, or lower model.seq_length"),
+     "model.yarn.factor: stretches the context to 6144 tokens, but model.seq_length is 8192. Raise factor, or lower "
+     "model.seq_length"),
     ({"model": {"yarn": {"beta_slow": 40}}}, "model.yarn.beta_slow: 40.0 is not below beta_fast (32.0). Use 1 and 32"),
     # experts
     ({"model": {"moe": {"num_experts": 4, "top_k": 5}}},
      "model.moe.top_k: 5 experts a token, but only 4 experts. Use top_k of at most 4"),
-    ({"model": {"moe": {"top_k": 1}}}, "model.moe.router: softmax over a single chosen expert is always 1, so the router would not "
+    ({"model": {"moe": {"top_k": 1}}}, "model.moe.router: softmax over a single chosen expert is always 1, so the "
+     "router would not "
      "learn. Use router softmax_before_topk or sigmoid, or top_k of 2"),
     ({"model": {"moe": {"expert_bias": True}}},
      "model.moe.expert_bias: needs sigmoid scores, but router is softmax_after_topk. Use router sigmoid"),
@@ -42,13 +46,15 @@ REFUSALS = [
      "Set parallel.expert to 1, or model.moe.num_experts"),
     ({"parallel": {"expert_tensor": 2}}, "parallel.expert_tensor: 2 ranks share experts, but the model has none "
      "(model.moe is null). Set parallel.expert_tensor to 1, or model.moe.num_experts"),
-    ({"model": MOE, "parallel": {"tensor": 2}}, "parallel.sequence_parallel: a mixture of experts with parallel.tensor 2 needs it. "
+    ({"model": MOE, "parallel": {"tensor": 2}}, "parallel.sequence_parallel: a mixture of experts with "
+     "parallel.tensor 2 needs it. "
      "Set it to true, or parallel.tensor to 1"),
     ({"model": {"moe": {"ffn_hidden_size": 100}}, "parallel": {"expert_tensor": 3}},
      "parallel.expert_tensor: 3 ranks do not divide model.moe.ffn_hidden_size (100). The nearest size that fits is 2"),
     ({"model": {"moe": {"shared_ffn_hidden_size": 101}}, "parallel": SP2},
      "parallel.tensor: 2 ranks do not divide model.moe.shared_ffn_hidden_size (101). The nearest size that fits is 1"),
-    ({"model": {**MOE, "linear_bias": True}, "parallel": SP2}, "parallel.expert_tensor: experts with biases (model.linear_bias) "
+    ({"model": {**MOE, "linear_bias": True}, "parallel": SP2}, "parallel.expert_tensor: experts with biases "
+     "(model.linear_bias) "
      "cannot be split over 2 ranks. Set parallel.expert_tensor to 1"),
     ({"model": MOE, "parallel": {"expert": 2}, "train": {"precision": "fp16"}},
      "train.precision: fp16 does not go with parallel.expert above 1. Use bf16"),
@@ -59,23 +65,30 @@ REFUSALS = [
      "parallel.tensor: 2 does not divide model.num_query_groups (3). The nearest tensor size that fits is 1"),
     ({"model": {"ffn_hidden_size": 1001}, "parallel": {"tensor": 2}},
      "parallel.tensor: 2 does not divide model.ffn_hidden_size (1001). The nearest tensor size that fits is 1"),
-    ({"parallel": {"sequence_parallel": True}}, "parallel.sequence_parallel: shares the sequence over tensor ranks, but "
+    ({"parallel": {"sequence_parallel": True}}, "parallel.sequence_parallel: shares the sequence over tensor ranks, "
+     "but "
      "parallel.tensor is 1. Set it to false, or parallel.tensor to 2 or more"),
     ({"model": {"seq_length": 1023}, "parallel": SP2}, "parallel.tensor: 2 does not divide model.seq_length (1023). "
      "The nearest tensor size that fits is 1, with parallel.sequence_parallel false"),
-    ({"train": {"seq_length_schedule": [{"step": 0, "seq_length": 511}]}, "parallel": SP2}, "parallel.tensor: 2 does not divide "
+    ({"train": {"seq_length_schedule": [{"step": 0, "seq_length": 511}]}, "parallel": SP2}, "parallel.tensor: 2 does "
+     "not divide "
      "train.seq_length_schedule (511). The nearest tensor size that fits is 1, with parallel.sequence_parallel false"),
     ({"parallel": {"pipeline": 4}},
      "parallel.pipeline: 4 stages do not divide model.num_layers (6). The nearest pipeline size that fits is 3"),
-    ({"parallel": {"pipeline": 2, "virtual_pipeline": 2}}, "parallel.virtual_pipeline: 2 stages of 2 chunks do not divide "
+    ({"parallel": {"pipeline": 2, "virtual_pipeline": 2}}, "parallel.virtual_pipeline: 2 stages of 2 chunks do not "
+     "divide "
      "model.num_layers (6). The nearest virtual_pipeline size that fits is 1"),
-    ({"model": {"num_layers": 8}, "parallel": {"pipeline": 3, "virtual_pipeline": 2}}, "parallel.pipeline: 3 stages of 2 chunks do "
+    ({"model": {"num_layers": 8}, "parallel": {"pipeline": 3, "virtual_pipeline": 2}}, "parallel.pipeline: 3 stages "
+     "of 2 chunks do "
      "not divide model.num_layers (8). The nearest pipeline size that fits is 2"),
-    ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline: 2 chunks interleave pipeline stages, but parallel.pipeline "
+    ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline: 2 chunks interleave pipeline stages, but "
+     "parallel.pipeline "
      "is 1. Set it to 1, or parallel.pipeline to 2 or more"),
-    ({"parallel": {"pipeline": 3, "virtual_pipeline": 2}}, "train.global_batch_size: 32 gives 32 micro-batches, not a multiple of "
+    ({"parallel": {"pipeline": 3, "virtual_pipeline": 2}}, "train.global_batch_size: 32 gives 32 micro-batches, not a "
+     "multiple of "
      "parallel.pipeline (3) as interleaving needs. Use 30 or 33, or parallel.virtual_pipeline 1"),
-    ({"model": {"seq_length": 1026}, "parallel": {"context": 2}}, "model.seq_length: 1026 tokens do not divide into 2 x "
+    ({"model": {"seq_length": 1026}, "parallel": {"context": 2}}, "model.seq_length: 1026 tokens do not divide into 2 "
+     "x "
      "parallel.context = 4 equal parts. Use 1024 or 1028, or another parallel.context"),
     ({"parallel": {"context": 2}, "train": {"seq_length_schedule": [{"step": 0, "seq_length": 510}]}},
      "train.seq_length_schedule.0.seq_length: 510 tokens do not divide into 2 x parallel.context = 4 equal parts. "
@@ -99,11 +112,14 @@ REFUSALS = [
     ({"train": {"seq_length_schedule": [{"step": 5, "seq_length": 64}]}},
      "train.seq_length_schedule.0.step: the first stage begins at step 5. Begin with step 0"),
     ({"train": {"seq_length_schedule": [{"step": 0, "seq_length": 64}, {"step": 0, "seq_length": 128}]}},
-     "train.seq_length_schedule.1.step: step 0 does not come after step 0. List the stages in ascending order of steps"),
-    ({"train": {"seq_length_schedule": [{"step": 0, "seq_length": 2048}]}}, "train.seq_length_schedule.0.seq_length: 2048 tokens are "
+     "train.seq_length_schedule.1.step: step 0 does not come after step 0. List the stages in ascending order of "
+     "steps"),
+    ({"train": {"seq_length_schedule": [{"step": 0, "seq_length": 2048}]}}, "train.seq_length_schedule.0.seq_length: "
+     "2048 tokens are "
      "more than the context, model.seq_length (1024). Use at most 1024, or raise model.seq_length"),
     # learning rate
-    ({"train": {"lr": 1e-4, "min_lr": 1e-3}}, "train.min_lr: 0.001 is above train.lr (0.0001). Lower min_lr, or raise lr"),
+    ({"train": {"lr": 1e-4, "min_lr": 1e-3}}, "train.min_lr: 0.001 is above train.lr (0.0001). Lower min_lr, or raise "
+     "lr"),
     ({"train": {"max_steps": 50, "warmup_steps": 60}},
      "train.warmup_steps: 60 warmup steps in a run of 50 (train.max_steps). Use at most 50, for example 5"),
     ({"train": {"max_steps": 50, "warmup_steps": 20, "decay_steps": 40}},
@@ -121,7 +137,8 @@ REFUSALS = [
      "model.backend: Transformer Engine needs a CUDA GPU, but device is cpu. Use backend engine"),
     # out of memory
     ({"train": {"enable_oom_recovery": True}, "parallel": {"tensor": 2, "pipeline": 2}},
-     "train.enable_oom_recovery: only data-parallel ranks can agree on a retry, but parallel.tensor 2 and parallel.pipeline 2 is set. "
+     "train.enable_oom_recovery: only data-parallel ranks can agree on a retry, but parallel.tensor 2 and "
+     "parallel.pipeline 2 is set. "
      "Set it to false (--no-enable-oom-recovery), or those sizes to 1"),
     # data
     ({"data": {"path": "a", "blend": [{"path": "b"}]}},
@@ -149,21 +166,34 @@ def test_contradictions(sections, message):
 
 def test_fp8_without_transformer_engine(monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "transformer_engine" else found(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "transformer_engine" else found(name, *rest)
+    )
     with pytest.raises(UserError) as caught:
         Config(train={"fp8": True})
     assert str(caught.value) == (
         "train.fp8: FP8 needs Transformer Engine, which is not installed. "
-        "Set it to false (--no-fp8), or pip install 'mainspring[te]' on a machine with a GPU")
+        "Set it to false (--no-fp8), or pip install 'mainspring[te]' on a machine with a GPU"
+    )
 
 
 def test_fp8_with_transformer_engine(monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: found("json" if name == "transformer_engine" else name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: found("json" if name == "transformer_engine" else name, *rest)
+    )
     assert Config(model={"backend": "te"}, train={"fp8": True}).train.fp8
     for sections, message in [
-        ({}, r"^train\.fp8: FP8 runs through Transformer Engine, but model\.backend is engine\. Set model\.backend to te, or --no-fp8$"),
-        ({"model": {"backend": "te", "ffn_hidden_size": 1000}}, r"^model\.ffn_hidden_size: 1000 features on a rank are not a multiple of 16"),
+        (
+            {},
+            r"^train\.fp8: FP8 runs through Transformer Engine, but model\.backend is engine\. Set model\.backend to "
+            r"te, or --no-fp8$",
+        ),
+        (
+            {"model": {"backend": "te", "ffn_hidden_size": 1000}},
+            r"^model\.ffn_hidden_size: 1000 features on a rank "
+            r"are not a multiple of 16",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             Config(**sections, train={"fp8": True})
@@ -189,9 +219,12 @@ def test_several_problems_are_counted():
     ({"train": {"fp8": "maybe"}}, "train.fp8: got 'maybe', expected true or false"),
     ({"output_dir": 3}, "output_dir: got 3, expected a path (text; quote it if it looks like a number)"),
     ({"parallel": 3}, None),
-    ({"data": {"blend": [{"weight": 1}]}}, "data.blend.0.path: is required: a path (text; quote it if it looks like a number)"),
-    ({"data": {"blend": "x"}}, "data.blend: got 'x', expected a list, each item a mapping with the fields path, weight"),
-    ({"model": {"num_layers": 10**5000}}, "model.num_layers: got a number of more than 60 digits, expected a whole number from 1 to 10,000"),
+    ({"data": {"blend": [{"weight": 1}]}}, "data.blend.0.path: is required: a path (text; quote it if it looks like a "
+     "number)"),
+    ({"data": {"blend": "x"}}, "data.blend: got 'x', expected a list, each item a mapping with the fields path, "
+     "weight"),
+    ({"model": {"num_layers": 10**5000}}, "model.num_layers: got a number of more than 60 digits, expected a whole "
+     "number from 1 to 10,000"),
     ({"trian": {}}, "trian: unknown field. Did you mean train?"),
     ({"lr": 1}, "lr: unknown field. Did you mean train.lr?"),
     ({"train": {"learning_rate": 1}}, "train.learning_rate: unknown field. Did you mean train.lr?"),
@@ -204,10 +237,16 @@ def test_wrong_types_and_names(sections, message):
     with pytest.raises(UserError) as caught:
         Config(**sections)
     if message is None:
-        message = "parallel: got 3, expected a mapping with the fields " + ", ".join(type(Config().parallel).model_fields)
+        message = "parallel: got 3, expected a mapping with the fields " + ", ".join(
+            type(Config().parallel).model_fields
+        )
     assert str(caught.value) == message
 
 
 def test_a_misspelt_name_comes_before_what_is_missing():
-    with pytest.raises(UserError, match=r"^data\.blend\.0\.pth: unknown field\. Did you mean data\.blend\.0\.path\? \(and 1 more\)$"):
+    with pytest.raises(
+        UserError,
+        match=r"^data\.blend\.0\.pth: unknown field\. Did you mean data\.blend\.0\.path\? "
+        r"\(and 1 more\)$",
+    ):
         Config(data={"blend": [{"pth": "x"}]})

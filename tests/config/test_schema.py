@@ -23,7 +23,12 @@ def test_defaults():
     assert cfg.output_dir == Path("runs/default")
     assert (cfg.stage, cfg.resume_from_checkpoint, cfg.seed, cfg.device) == ("pretrain", "auto", 1234, "auto")
     assert (cfg.train.weight_decay, cfg.train.beta1, cfg.train.beta2, cfg.train.eps) == (0.1, 0.9, 0.95, 1e-8)
-    assert (cfg.train.clip_grad, cfg.train.precision, cfg.train.fp8, cfg.train.recompute) == (1.0, "auto", False, "none")
+    assert (cfg.train.clip_grad, cfg.train.precision, cfg.train.fp8, cfg.train.recompute) == (
+        1.0,
+        "auto",
+        False,
+        "none",
+    )
     assert cfg.model.moe is None
     assert cfg.data.blend == []
     assert (cfg.checkpoint.keep_last, cfg.checkpoint.keep_best, cfg.evaluation.eval_batches) == (2, True, None)
@@ -62,7 +67,11 @@ def test_frozen_and_with_values():
         cfg.train.lr = 1.0
     changed = cfg.with_values({"train.lr": 1e-3, "data.path": "x"})
     assert (changed.train.lr, changed.data.path, cfg.train.lr) == (1e-3, Path("x"), 3e-4)
-    with pytest.raises(UserError, match=r"^train\.micro_batch_sise: unknown field\. Did you mean train\.micro_batch_size\?$"):
+    with pytest.raises(
+        UserError,
+        match=r"^train\.micro_batch_sise: unknown field\. Did you mean "
+        r"train\.micro_batch_size\?$",
+    ):
         cfg.with_values({"train.micro_batch_sise": 2})
 
 
@@ -98,7 +107,12 @@ def test_preset_sizes(name, stated, tolerance):
 def test_preset_shapes(name, layers, hidden, heads, groups, context):
     m = planned(model={"preset": name}).model
     assert (m.num_layers, m.hidden_size, m.num_attention_heads, m.num_query_groups, m.seq_length) == (
-        layers, hidden, heads, groups, context)
+        layers,
+        hidden,
+        heads,
+        groups,
+        context,
+    )
 
 
 def test_published_parameter_counts():
@@ -110,8 +124,18 @@ def test_published_parameter_counts():
 
 
 def test_parameter_count_by_hand():
-    model = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=2, num_query_groups=1, ffn_hidden_size=16,
-                        vocab_size=10, vocab_multiple=4, tie_embeddings=False, qk_norm=True, attention_bias=True)
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=8,
+        num_attention_heads=2,
+        num_query_groups=1,
+        ffn_hidden_size=16,
+        vocab_size=10,
+        vocab_multiple=4,
+        tie_embeddings=False,
+        qk_norm=True,
+        attention_bias=True,
+    )
     attention = 8 * 8 + 2 * 8 * 4 + 8 * 8 + (8 + 4 + 4) + 2 * 4  # q, k and v, output, biases, two norms of a head
     assert parameter_count(model) == 2 * 12 * 8 + 2 * (attention + 3 * 8 * 16 + 2 * 8) + 8
     assert parameter_count(model, tensor=2) == parameter_count(model) + 2 * 4 * 8  # 10 words become 16 rows
@@ -135,7 +159,9 @@ def test_preset_names_are_the_presets():
 def test_batch_size_schedules():
     doubling = TrainConfig(global_batch_size=16, batch_size_schedule={"start": 4, "every_steps": 10})
     assert [doubling.batch_size_at(s) for s in (0, 9, 10, 19, 20, 29, 30, 10**12)] == [4, 4, 8, 8, 16, 16, 16, 16]
-    ramp = TrainConfig(global_batch_size=10, batch_size_schedule={"kind": "ramp", "start": 4, "every_steps": 5, "increment": 3})
+    ramp = TrainConfig(
+        global_batch_size=10, batch_size_schedule={"kind": "ramp", "start": 4, "every_steps": 5, "increment": 3}
+    )
     assert [ramp.batch_size_at(s) for s in (0, 4, 5, 9, 10, 15, 100)] == [4, 4, 7, 7, 10, 10, 10]
     assert TrainConfig(global_batch_size=6).batch_size_at(3) == 6
 
@@ -154,8 +180,10 @@ def test_decay_length(values, length):
     assert TrainConfig(max_steps=100, **values).decay_length() == length
 
 
-@pytest.mark.parametrize(("parallel", "world", "data_parallel"), [
-    ({}, 1, 1), ({}, 4, 4), ({"tensor": 2}, 4, 2), ({"tensor": 2, "pipeline": 3}, 12, 2)])
+@pytest.mark.parametrize(
+    ("parallel", "world", "data_parallel"),
+    [({}, 1, 1), ({}, 4, 4), ({"tensor": 2}, 4, 2), ({"tensor": 2, "pipeline": 3}, 12, 2)],
+)
 def test_data_parallel_size(parallel, world, data_parallel):
     assert Config(parallel=parallel).data_parallel_size(world) == data_parallel
 
@@ -163,29 +191,35 @@ def test_data_parallel_size(parallel, world, data_parallel):
 def test_data_parallel_size_with_experts():
     cfg = planned(model={"moe": {"num_experts": 8}}, parallel={"expert": 4})
     assert cfg.data_parallel_size(8) == 8
-    with pytest.raises(UserError, match=r"^parallel: 6 ranks do not fit expert 4, which takes a multiple of 4\. Start 4 or 8 ranks"):
+    with pytest.raises(
+        UserError,
+        match=r"^parallel: 6 ranks do not fit expert 4, which takes a multiple of 4\. Start "
+        r"4 or 8 ranks",
+    ):
         cfg.data_parallel_size(6)
 
 
 @pytest.mark.parametrize(("sections", "world", "message"), [
     ({"parallel": {"tensor": 2, "pipeline": 3}}, 8,
-     "parallel: 8 ranks do not fit tensor 2 x pipeline 3, which takes a multiple of 6. Start 6 or 12 ranks, or change those sizes"),
-    ({"parallel": {"tensor": 2}}, 1, "parallel: 1 ranks do not fit tensor 2, which takes a multiple of 2. Start 2 ranks, or change those sizes"),
-    ({}, 3, "train.global_batch_size: 32 sequences do not divide over 3 data-parallel ranks x train.micro_batch_size 1. Use 30 or 33"),
-    ({"train": {"micro_batch_size": 8}}, 8, "train.global_batch_size: 32 sequences do not divide over 8 data-parallel ranks x "
+     "parallel: 8 ranks do not fit tensor 2 x pipeline 3, which takes a multiple of 6. Start 6 or 12 ranks, or change "
+     "those sizes"),
+    ({"parallel": {"tensor": 2}}, 1, "parallel: 1 rank does not fit tensor 2, which takes a multiple of 2. Start 2 "
+     "ranks, or change those sizes"),
+    ({}, 3, "train.global_batch_size: 32 sequences do not divide over 3 data-parallel ranks x train.micro_batch_size "
+     "1. Use 30 or 33"),
+    ({"train": {"micro_batch_size": 8}}, 8, "train.global_batch_size: 32 sequences do not divide over 8 data-parallel "
+     "ranks x "
      "train.micro_batch_size 8. Use 64, or train.micro_batch_size 4"),
-    ({"train": {"batch_size_schedule": {"start": 4, "every_steps": 1}}}, 8, "train.batch_size_schedule.start: 4 sequences do not "
+    ({"train": {"batch_size_schedule": {"start": 4, "every_steps": 1}}}, 8, "train.batch_size_schedule.start: 4 "
+     "sequences do not "
      "divide over 8 data-parallel ranks x train.micro_batch_size 1. Use 8"),
-    ({"parallel": {"pipeline": 3, "virtual_pipeline": 2}, "train": {"global_batch_size": 30}}, 15,
-     "train.global_batch_size: 30 sequences do not divide over 5"),
-    ({"parallel": {"pipeline": 2, "virtual_pipeline": 3}, "train": {"global_batch_size": 6}}, 4, "train.global_batch_size: 6 sequences "
-     "are 3 micro-batches on each of 2 data-parallel ranks, not a multiple of parallel.pipeline (2) as parallel.virtual_pipeline needs. "
+    ({"parallel": {"pipeline": 2, "virtual_pipeline": 3}, "train": {"global_batch_size": 6}}, 4,
+     "train.global_batch_size: 6 sequences "
+     "are 3 micro-batches on each of 2 data-parallel ranks, not a multiple of parallel.pipeline (2) as "
+     "parallel.virtual_pipeline needs. "
      "Use 4 or 8, or parallel.virtual_pipeline 1")])  # fmt: skip
 def test_world_sizes_that_do_not_fit(sections, world, message):
     cfg = Config(**sections)
-    if "do not divide over 5" in message:
-        assert cfg.data_parallel_size(world) == 5
-        return
     with pytest.raises(UserError) as caught:
         cfg.data_parallel_size(world)
     assert str(caught.value) == message
@@ -198,7 +232,8 @@ def test_sections_may_be_given_as_models():
 
 
 def test_importing_the_configuration_imports_no_framework():
-    code = "import sys, engine.config; print([m for m in ('torch', 'megatron', 'numpy', 'transformers') if m in sys.modules])"
+    frameworks = ("torch", "megatron", "numpy", "transformers")
+    code = f"import sys, engine.config; print([m for m in {frameworks} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -49,17 +49,64 @@ def test_the_demo_trains_on_two_processes_too():
 
 
 def test_scalars(tmp_path):
-    path = write(tmp_path, "\n".join([
-        "a: 3e-4", "b: 1e6", "c: 3.", "d: .5", "e: 1_000", "f: -7", "g: 010", "h: true", "i: off", "j: 'true'", "k: ~", "l:",
-        "m: 1:30", "n: 2024-01-01", "o: 0x10", "p: -.inf", 'q: "3"', "r: [1, x, null]", "s: +1.5E+3", "t: e5", "u: yes"]))
+    path = write(
+        tmp_path,
+        "\n".join(
+            [
+                "a: 3e-4",
+                "b: 1e6",
+                "c: 3.",
+                "d: .5",
+                "e: 1_000",
+                "f: -7",
+                "g: 010",
+                "h: true",
+                "i: off",
+                "j: 'true'",
+                "k: ~",
+                "l:",
+                "m: 1:30",
+                "n: 2024-01-01",
+                "o: 0x10",
+                "p: -.inf",
+                'q: "3"',
+                "r: [1, x, null]",
+                "s: +1.5E+3",
+                "t: e5",
+                "u: yes",
+            ]
+        ),
+    )
     assert load_yaml(path) == {
-        "a": 0.0003, "b": 1e6, "c": 3.0, "d": 0.5, "e": 1000, "f": -7, "g": 10, "h": True, "i": "off", "j": "true", "k": None,
-        "l": None, "m": "1:30", "n": "2024-01-01", "o": "0x10", "p": float("-inf"), "q": "3", "r": [1, "x", None], "s": 1500.0,
-        "t": "e5", "u": "yes"}
+        "a": 0.0003,
+        "b": 1e6,
+        "c": 3.0,
+        "d": 0.5,
+        "e": 1000,
+        "f": -7,
+        "g": 10,
+        "h": True,
+        "i": "off",
+        "j": "true",
+        "k": None,
+        "l": None,
+        "m": "1:30",
+        "n": "2024-01-01",
+        "o": "0x10",
+        "p": float("-inf"),
+        "q": "3",
+        "r": [1, "x", None],
+        "s": 1500.0,
+        "t": "e5",
+        "u": "yes",
+    }
 
 
 def test_values_of_a_file(tmp_path):
-    path = write(tmp_path, "train: {lr: 3e-4, max_steps: 1e3}\nlogging: {wandb: off, progress: on}\nmodel: {num_query_groups: null}")
+    path = write(
+        tmp_path,
+        "train: {lr: 3e-4, max_steps: 1e3}\nlogging: {wandb: off, progress: on}\nmodel: {num_query_groups: null}",
+    )
     cfg = Config(**load_yaml(path))
     assert (cfg.train.lr, cfg.train.max_steps, cfg.logging.wandb, cfg.logging.progress) == (3e-4, 1000, "off", "on")
 
@@ -73,10 +120,13 @@ def test_values_of_a_file(tmp_path):
     ("train:\n  lr: [1\nseed: 2\n", None),
     ("a: 1\n---\nb: 2\n", None),
     ("seed: 1\ntrain:\n  lrr: 3\n", "{path}:3: train.lrr: unknown field. Did you mean train.lr?"),
-    ("seed: 1\ntrain:\n\n  lr: quick\n", "{path}:4: train.lr: got 'quick', expected a number above 0 and at most 1,000"),
+    ("seed: 1\ntrain:\n\n  lr: quick\n", "{path}:4: train.lr: got 'quick', expected a number above 0 and at most "
+     "1,000"),
     ("parallel:\n  tensor: 4\n",
-     "{path}:2: parallel.tensor: 4 does not divide model.num_attention_heads (6). The nearest tensor size that fits is 2"),
-    ("data:\n  blend:\n    - path: a\n    - {path: b, weight: -1}\n", "{path}:4: data.blend.1.weight: got -1, expected a number above 0"),
+     "{path}:2: parallel.tensor: 4 does not divide model.num_attention_heads (6). The nearest tensor size that fits "
+     "is 2"),
+    ("data:\n  blend:\n    - path: a\n    - {path: b, weight: -1}\n", "{path}:4: data.blend.1.weight: got -1, "
+     "expected a number above 0"),
     ("train:\n  batch_size_schedule:\n    start: 4\n", "{path}:2: train.batch_size_schedule.every_steps: is required: "
      "a whole number from 1 to 1,000,000,000,000"),
     ("logging:\n", "{path}:1: logging: got null, expected a mapping with the fields logging_steps, tensorboard, wandb, "
@@ -115,15 +165,26 @@ def test_files_that_cannot_be_read(tmp_path):
         load_yaml("a\0b")
 
 
-@pytest.mark.parametrize("sections", [
-    {},
-    {"model": {"preset": "7b"}, "train": {"lr": 1e-8, "eps": 1e-12, "max_steps": 10**9}},
-    {"output_dir": "off", "resume_from_checkpoint": "3e-4", "logging": {"wandb_project": "null"}},
-    {"output_dir": "a: b #c", "resume_from_checkpoint": "1_000", "logging": {"wandb_project": "é\t'\"\n x " + "long " * 100}},
-    {"data": {"blend": [{"path": "1:30", "weight": 0.1}, {"path": "~", "weight": 1 / 3}]}},
-    {"train": {"batch_size_schedule": {"kind": "ramp", "start": 2, "increment": 2, "every_steps": 10},
-               "seq_length_schedule": [{"step": 0, "seq_length": 512}, {"step": 9, "seq_length": 1024}]}},
-])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"model": {"preset": "7b"}, "train": {"lr": 1e-8, "eps": 1e-12, "max_steps": 10**9}},
+        {"output_dir": "off", "resume_from_checkpoint": "3e-4", "logging": {"wandb_project": "null"}},
+        {
+            "output_dir": "a: b #c",
+            "resume_from_checkpoint": "1_000",
+            "logging": {"wandb_project": "é\t'\"\n x " + "long " * 100},
+        },
+        {"data": {"blend": [{"path": "1:30", "weight": 0.1}, {"path": "~", "weight": 1 / 3}]}},
+        {
+            "train": {
+                "batch_size_schedule": {"kind": "ramp", "start": 2, "increment": 2, "every_steps": 10},
+                "seq_length_schedule": [{"step": 0, "seq_length": 512}, {"step": 9, "seq_length": 1024}],
+            }
+        },
+    ],
+)
 def test_writing_and_reading_gives_the_same(tmp_path, sections):
     cfg = Config(**sections)
     path = write(tmp_path, dump_yaml(cfg))

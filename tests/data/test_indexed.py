@@ -303,3 +303,18 @@ def test_a_full_disk_is_a_user_error_and_leaves_no_pair(tmp_path, monkeypatch, c
         write(tmp_path / "train", documents_of([9]))
     assert [path.name for path in tmp_path.iterdir() if "tmp" in path.name] == []
     assert (tmp_path / "train.idx").exists() == (call == 3)  # the folder's sync comes when both are whole
+
+
+def test_a_crash_between_the_renames_leaves_no_mixed_pair(tmp_path, monkeypatch):
+    """Old and new have the same lengths, so nothing but the missing .idx could tell them apart."""
+    prefix, replace = write(tmp_path / "train", documents_of([9], seed=1)), os.replace
+
+    def crash(source, target):
+        if target.endswith(".idx"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        write(prefix, documents_of([9], seed=2))
+    assert "train.idx: file not found" in refused(prefix)

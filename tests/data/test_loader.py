@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.config import Config
 from engine.data import loader as loader_module
 from engine.data.blend import BlendIndex
 from engine.data.index_cache import IndexCache
@@ -211,6 +212,14 @@ def test_sample_ids_do_not_depend_on_rank(data):
     assert ids[0] == ids[1] == ids[2]
 
 
+def test_the_real_configuration_fits(data):
+    model = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "seq_length": S}
+    cfg = Config.model_validate({"seed": 1, "model": model, "data": {"path": data}})
+    blended = Config.model_validate({"seed": 1, "model": model, "data": {"blend": [{"path": data, "weight": 2}]}})
+    expected = global_rows(config(data), 3, 4, 1, S, 2)
+    assert global_rows(cfg, 3, 4, 1, S, 2) == global_rows(blended, 3, 4, 1, S, 2) == expected
+
+
 def test_seeds(data):
     def first(**options):
         with build(config(data, **options), "train", dp_rank=0, dp_size=1) as loader:
@@ -274,6 +283,18 @@ def test_without_threads_nothing_is_read_ahead(data, reads):
     list(loader.micro_batches(4 * S, **STEP))
     assert reads == [0, 2 * S, 4 * S, 6 * S]
     assert reader_threads() == []
+
+
+def test_what_was_to_be_read_ahead_is_dropped_after_a_jump(data, reads, monkeypatch):
+    go, read = threading.Event(), loader_module._read
+    monkeypatch.setattr(loader_module, "_read", lambda *args: go.wait(20) and read(*args))
+    with build(config(data, num_workers=1), "train", dp_rank=0, dp_size=1) as loader:
+        loader.micro_batches(0, **STEP)  # its two micro-batches and the two of the next step wait in the queue
+        batches = loader.micro_batches(100 * S, **STEP)
+        go.set()
+        list(batches)
+    assert {4 * S, 6 * S}.isdisjoint(reads)
+    assert {100 * S, 102 * S} <= set(reads)
 
 
 def test_jumping_about_gives_the_same_rows_as_asking_directly(data):

@@ -251,6 +251,10 @@ def test_a_file_of_another_key_under_this_name_is_not_used(tmp_path):
     (other,) = cache_files(folder)
     other.rename(folder / other.name.replace("seed4", "seed3"))
     assert order_of(dataset, folder, seed=3) == order_of(dataset, None, seed=3)
+    same_shape = write(tmp_path / "other", SIZES[::-1])
+    (file,) = cache_files(folder)
+    file.rename(folder / file.name.replace(dataset.fingerprint[:16], same_shape.fingerprint[:16]))
+    assert order_of(same_shape, folder) == order_of(same_shape, None) != order_of(dataset, None)
 
 
 def test_a_failed_write_leaves_nothing_and_the_order_is_right(tmp_path, monkeypatch, caplog):

@@ -33,7 +33,7 @@ def sentencepiece_file(tmp_path_factory):
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the quick brown fox jumps over the lazy dog", "a small world of words"] * 50),
-        model_writer=out, vocab_size=60, model_type="unigram", num_threads=1, minloglevel=2,
+        model_writer=out, vocab_size=30, model_type="unigram", num_threads=1, minloglevel=2,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("sp") / "my.model"
     path.write_bytes(out.getvalue())
@@ -162,9 +162,10 @@ def test_vocabulary_with_a_gap_counts_to_its_last_id(tmp_path):
 
 
 def test_transformers_reads_the_directory_and_agrees(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    from transformers import PreTrainedTokenizerFast  # 3 s, for this one test
+
     BPE.save(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert theirs(TEXTS[0])["input_ids"] == BPE.encode(TEXTS[0])
     assert (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (0, 1, 320)
     assert theirs.decode(BPE.encode(TEXTS[0])) == TEXTS[0]
@@ -177,7 +178,7 @@ def test_sentencepiece(sentencepiece_file, tmp_path):
     assert loaded.encode(text) == reference.encode(text)
     assert loaded.encode_batch([text, "dog"]) == [reference.encode(text), reference.encode("dog")]
     assert loaded.decode(loaded.encode(text)) == text
-    assert (loaded.vocab_size, loaded.eod_id, loaded.eod_token) == (60, reference.eos_id(), "</s>")
+    assert (loaded.vocab_size, loaded.eod_id, loaded.eod_token) == (30, reference.eos_id(), "</s>")
     assert (loaded.token_id("</s>"), loaded.token_id("absent")) == (2, None)
     loaded.save(tmp_path / "copy")
     again = load_tokenizer(tmp_path / "copy")
@@ -221,7 +222,7 @@ def test_directory_without_one(tmp_path):
 def test_end_of_document_token(tmp_path):
     text = BPE._text.replace("<|endoftext|>", "<|finis|>")
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(UserError, match=r"no end-of-document token that we know\. Name one of its tokens with --eod_token"):
+    with pytest.raises(UserError, match=r"no end-of-document token that we know\. Name one of its tokens with"):
         load_tokenizer(tmp_path)
     assert load_tokenizer(tmp_path, eod_token="<|finis|>").eod_id == 0
     with pytest.raises(UserError, match=r"no token '<eod>' to end documents with\. Set --eod_token"):

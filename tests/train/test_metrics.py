@@ -26,7 +26,7 @@ from engine.train.sinks import read_rows
 
 
 def options(**changes):
-    return SimpleNamespace(**{"tensorboard": False, "wandb": "off", "wandb_project": None, "progress": "off"} | changes)
+    return SimpleNamespace(**{"tensorboard": False, "wandb": "off", "wandb_project": "tests", "progress": "off"} | changes)
 
 
 def logger(directory: Path, start_step: int = 0, **changes) -> MetricLogger:

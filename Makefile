@@ -1,0 +1,46 @@
+# Two commands: `make demo` (from raw text to a trained model) and `make test` (tests and lint).
+# Both make .venv, install and build the C++ extensions first; what is already there is reused.
+
+PYTHON ?= python3
+VENV   ?= .venv
+DEMO   ?= demo
+BIN     = $(VENV)/bin
+PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STDLIB  = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
+SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hpp)
+
+.PHONY: demo test lint bench clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -c "import sys; sys.exit('error: Python 3.11 or newer is needed, this is %d.%d: set PYTHON=' % sys.version_info[:2] if sys.version_info < (3, 11) else 0)"
+	$(PYTHON) -m venv $(VENV)
+
+# Torch first and by itself: its version range decides which build pip takes.
+$(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
+	@command -v c++ >/dev/null || { echo "error: no C++ compiler found. Install one (Debian: apt-get install g++)" >&2; exit 2; }
+	$(PIP) 'torch>=2.11,<2.14'
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/mainspring prepare --input $(STDLIB) --exclude site-packages --exclude dist-packages --output $(DEMO)/data --vocab_size 4096
+	$(BIN)/python engine/pretrain.py --config configs/pretrain/demo_cpu.yaml --data.path $(DEMO)/data --output_dir $(DEMO)/run
+	$(BIN)/mainspring report --run $(DEMO)/run
+
+# Two workers with one thread each: kernels in small sizes, parallel tests as 2 processes over gloo.
+test: $(VENV)/.installed-dev lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/run.py train
+
+clean:
+	rm -rf build dist *.egg-info $(DEMO) $(VENV)

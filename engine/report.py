@@ -1,0 +1,67 @@
+"""`mainspring report --run …`: a finished run against unigram and bigram models, a sample, and a plot of its losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+
+def main(argv: list[str]) -> int:
+    """Writes report.json, loss.png and sample.txt into the run's folder and prints them. Returns the exit code."""
+    from engine.config import parse
+    from engine.config.inference import ReportConfig
+
+    options = parse(ReportConfig, argv, prog="mainspring report")
+
+    from engine import evaluate, generate
+    from engine.checkpoint import restore
+    from engine.data.prepared import open_split
+    from engine.evaluation.generation import Sampling
+    from engine.evaluation.ngram import ngram_cross_entropy
+    from engine.evaluation.plot import plot_loss
+    from engine.parallel import topology
+    from engine.train.run import data_folders
+
+    restored = restore.model(options.run, device=options.device)
+    cfg = restored.cfg
+    held_out = evaluate.run(restored, SimpleNamespace(data=None, split="validation", batch_size=8, max_sequences=None,
+                                                      seq_length=None))
+    baselines = {}
+    folders = data_folders(cfg)
+    if len(folders) == 1:  # the baselines are fitted on the tokens of one prepared directory
+        splits = [open_split(folders[0], split).dataset for split in ("train", "validation")]
+        baselines = ngram_cross_entropy(splits[0], splits[1], restored.tokenizer.vocab_size)
+    sample = options.prompt + generate.continuations(restored, options.prompt, Sampling(options.max_new_tokens))[0]
+    topology.shutdown()
+
+    nats = {name: baselines[name] for name in ("unigram", "bigram") if name in baselines}
+    plot_loss(options.run / "metrics.jsonl", options.run / "loss.png", baselines=nats,
+              title=f"{cfg.output_dir.name}: training and held-out loss")
+    (options.run / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+    line = verdict(held_out["loss"], nats)
+    report = {"checkpoint": str(restored.path), "step": restored.record["train"]["step"], "held_out": held_out,
+              "baselines": baselines, "verdict": line}
+    (options.run / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"--- sample (prompt {options.prompt!r})\n{sample}\n---")
+    print(line)
+    print(places(options.run, restored.path, folders))
+    return 0
+
+
+def verdict(model: float, baselines: dict[str, float]) -> str:
+    """One line that names the model's held-out cross-entropy and the baselines', and whether it is below them."""
+    if not baselines:
+        return f"held-out cross-entropy, nats a token: model {model:.3f}"
+    names = ", ".join(f"{name} {nats:.3f}" for name, nats in baselines.items())
+    missed = [name for name, nats in baselines.items() if model >= nats]
+    word = f"the model is NOT below {' and '.join(missed)}" if missed else f"the model is below {' and '.join(baselines)}"
+    return f"held-out cross-entropy, nats a token: model {model:.3f}, {names}: {word}"
+
+
+def places(run: Path, checkpoint: Path, folders: list[Path]) -> str:
+    """Where everything of the run is, one line each."""
+    rows = [("checkpoint", checkpoint), ("loss plot", run / "loss.png"), ("sample", run / "sample.txt"),
+            ("report", run / "report.json"), ("metrics", run / "metrics.jsonl"), ("TensorBoard", run / "tensorboard"),
+            *(("data", folder) for folder in folders)]
+    return "\n".join(f"{name:<12} {path}" for name, path in rows)
