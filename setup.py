@@ -19,8 +19,10 @@ setup(
     cmdclass={"build_ext": build_ext},
     ext_modules=[
         Pybind11Extension("engine._index", sorted(glob("csrc/index/*.cpp")), cxx_std=17,
-                          extra_compile_args=["-O3"], include_dirs=["csrc/index"]),
+                          extra_compile_args=["-O3"], include_dirs=["csrc/index"],
+                          depends=glob("csrc/index/*.hpp")),
         Pybind11Extension("engine_kernels._cpu", sorted(glob("csrc/cpu/*.cpp")), cxx_std=17,
-                          extra_compile_args=fast + openmp, extra_link_args=openmp, include_dirs=["csrc/cpu"]),
+                          extra_compile_args=fast + openmp, extra_link_args=openmp, include_dirs=["csrc/cpu"],
+                          depends=glob("csrc/cpu/*.h")),
     ],
 )

@@ -7,7 +7,12 @@ autocast: Trainer's bf16=True); "pure" (bf16 weights and optimizer state).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from benchmarks.workers.protocol import Step, serve
+
+if TYPE_CHECKING:
+    import torch
 
 
 def build(config: dict) -> tuple[Step, dict]:
@@ -55,7 +60,7 @@ def build(config: dict) -> tuple[Step, dict]:
     return step, {"parameters": sum(p.numel() for p in parameters)}
 
 
-def _model(shape: dict, seq_length: int):
+def _model(shape: dict, seq_length: int) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM._from_config(LlamaConfig(

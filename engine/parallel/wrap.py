@@ -15,7 +15,9 @@ from engine.parallel.topology import Groups
 def ddp_config(cfg: Config, groups: Groups) -> DistributedDataParallelConfig:
     """Gradients are summed in fp32; the reduction overlaps the backward pass where streams exist to overlap on."""
     overlap = cfg.parallel.overlap_grad_reduce
-    if overlap is None:
+    if cfg.train.enable_oom_recovery:
+        overlap = False  # ranks vote before the first reduction (engine/train/oom.py)
+    elif overlap is None:
         overlap = groups.device.type == "cuda" and groups.pg.dp_cp.size() > 1
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

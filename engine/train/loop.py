@@ -67,6 +67,7 @@ def _row(result: step.StepResult, state: TrainState, device: torch.device) -> di
         "train/memory_gb": peak_memory_gb(device),
         "train/seq_length": result.seq_length,
         "train/global_batch_size": result.global_batch_size,
+        "train/micro_batch_size": result.micro_batch_size,
         "train/consumed_tokens": state.consumed_tokens,
     }
 
@@ -98,7 +99,7 @@ def run(
     logged before the checkpoint of its step is saved, so that a resumed run neither lacks nor repeats it.
     Raises ``UserError`` on every rank when loss or gradients are not finite; no weight was changed by that step.
     """
-    step.prepare(chunks)
+    step.prepare(chunks, cfg, groups)
     padded = padded_vocab_size(vocab_size, cfg.model.vocab_multiple, cfg.parallel.tensor)
     peak = flops.peak_flops(groups.device, chunks[0].config.params_dtype)
     speed = _Throughput(cfg, groups, padded, peak)
@@ -107,11 +108,15 @@ def run(
     first = state.step
     while state.step < cfg.train.max_steps:
         start = time.perf_counter()
+        micro_before = state.micro_batch_size
         try:
             result = step.run(cfg, chunks, optimizer, data, groups, state)
         except NonFiniteError as error:
             raise UserError(f"{error} at step {state.step + 1}", where="train",
                             fix="Nothing was updated; resume from the last checkpoint with a lower train.lr") from error
+        if state.micro_batch_size != micro_before:
+            logger.message(f"out of memory at step {state.step}: micro-batches of {state.micro_batch_size} from here on, "
+                           f"the global batch and the loss are the same")
         speed.add(result, time.perf_counter() - start)
         if state.step == first + 1:
             on_first_step()

@@ -11,13 +11,15 @@ class TrainState:
 
     ``step``: updates done. ``consumed_tokens``: the data position. ``consumed_samples``: sequences read so far.
     ``skipped_steps``: updates left out by loss scaling. ``best_val_loss`` (nats a token) and ``best_step``: for
-    keeping the best checkpoint.
+    keeping the best checkpoint. ``micro_batch_size``: what recovery from lack of memory came down to, None for the
+    configured one.
     """
 
     step: int = 0
     consumed_tokens: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
+    micro_batch_size: int | None = None
     best_val_loss: float | None = None
     best_step: int | None = None
 

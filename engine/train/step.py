@@ -10,8 +10,8 @@ from megatron.core.distributed import finalize_model_grads
 from engine.config import Config
 from engine.model import forward
 from engine.parallel.topology import Groups
+from engine.train import oom, schedules
 from engine.train import optimizer as optim
-from engine.train import schedules
 from engine.train.state import TrainState
 
 
@@ -24,13 +24,15 @@ class StepResult:
     lr: float
     seq_length: int
     global_batch_size: int
+    micro_batch_size: int
     stepped: bool
 
 
-def prepare(chunks: list[Any]) -> None:
+def prepare(chunks: list[Any], cfg: Config, groups: Groups) -> None:
     """Hooks Megatron's schedules up with the wrapped model. Once, before the first step."""
     settings = chunks[0].config
-    settings.finalize_model_grads_func = finalize_model_grads
+    recovery = cfg.train.enable_oom_recovery
+    settings.finalize_model_grads_func = oom.agreeing_finalize(groups) if recovery else finalize_model_grads
     if chunks[0].ddp_config.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         settings.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
@@ -38,33 +40,41 @@ def prepare(chunks: list[Any]) -> None:
             settings.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
 
 
-def run(cfg: Config, chunks, optimizer, data, groups: Groups, state: TrainState) -> StepResult:
+def run(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: TrainState) -> StepResult:
     """Trains on the global batch at ``state``'s position and advances ``state``.
 
-    Raises ``NonFiniteError`` on every rank, weights unchanged, when the gradients are not finite.
+    Out of memory with ``train.enable_oom_recovery``, the same batch is read again in smaller micro-batches, on which
+    ``state`` stays. Raises ``NonFiniteError`` on every rank, weights unchanged, when the gradients are not finite.
     """
-    train = cfg.train
-    length = schedules.seq_length(train, cfg.model.seq_length, state.step)
-    batch_size = schedules.global_batch_size(train, state.step)
-    lr = schedules.learning_rate(train, state.step)
+    lr = schedules.learning_rate(cfg.train, state.step)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    sums = forward.run(
-        chunks,
-        data.micro_batches(state.consumed_tokens, global_batch_size=batch_size,
-                           micro_batch_size=train.micro_batch_size, seq_length=length),
-        groups,
-        num_micro_batches=batch_size // (train.micro_batch_size * groups.data_parallel_size),
-        micro_batch_size=train.micro_batch_size,
-        seq_length=length,
-        forward_only=False,
-    )
+    length = schedules.seq_length(cfg.train, cfg.model.seq_length, state.step)
+    batch_size = schedules.global_batch_size(cfg.train, state.step)
+    while True:
+        micro = state.micro_batch_size or cfg.train.micro_batch_size
+        try:
+            sums = _gradients(chunks, optimizer, data, groups, state.consumed_tokens, batch_size, micro, length)
+            break
+        except RuntimeError as error:
+            if not cfg.train.enable_oom_recovery:
+                raise
+            oom.recover(error, groups)
+        state.micro_batch_size = oom.smaller_micro_batch(micro, batch_size, groups.data_parallel_size)
     stepped, grad_norm = optim.step(optimizer)
     state.step += 1
     state.consumed_tokens += batch_size * length
     state.consumed_samples += batch_size
     state.skipped_steps += not stepped
-    return StepResult(sums, grad_norm, lr, length, batch_size, stepped)
+    return StepResult(sums, grad_norm, lr, length, batch_size, micro, stepped)
+
+
+def _gradients(chunks: list[Any], optimizer, data, groups: Groups, position: int, batch_size: int, micro: int,
+               length: int) -> forward.LossSums:
+    """Gradients of the global batch at ``position``, reduced and normalised, in the parameters' ``main_grad``."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    batches = data.micro_batches(position, global_batch_size=batch_size, micro_batch_size=micro, seq_length=length)
+    return forward.run(chunks, batches, groups, num_micro_batches=batch_size // (micro * groups.data_parallel_size),
+                       micro_batch_size=micro, seq_length=length, forward_only=False)

@@ -26,7 +26,8 @@ from engine.train.sinks import read_rows
 
 
 def options(**changes):
-    return SimpleNamespace(**{"tensorboard": False, "wandb": "off", "wandb_project": "tests", "progress": "off"} | changes)
+    defaults = {"tensorboard": False, "wandb": "off", "wandb_project": "tests", "progress": "off"}
+    return SimpleNamespace(**defaults | changes)
 
 
 def logger(directory: Path, start_step: int = 0, **changes) -> MetricLogger:
