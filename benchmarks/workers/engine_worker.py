@@ -25,7 +25,7 @@ def build(config: dict) -> tuple[Step, dict]:
     parameters = model_build.parameter_count(chunks)
     wrapped: list[torch.nn.Module] = [*wrap.apply(chunks, cfg, groups)]
     optimizer = optim.build(wrapped, cfg, groups)
-    train_step.prepare(wrapped)
+    train_step.prepare(wrapped, cfg, groups)
     data, state = ArrayLoader(config["tokens"]), TrainState()
 
     def step(index: int) -> float:

@@ -1,7 +1,7 @@
 // The table of CPU kernels that every instruction-set translation unit (isa_*.cpp) fills.
 //
-// A kernel is a serial function over the rows [begin, end): launch.h splits the rows over OpenMP threads. So nothing that
-// is compiled for AVX-512 contains a parallel region, and no compiler has to carry target flags into outlined code.
+// A kernel is a serial function over the rows [begin, end): launch.h splits the rows over OpenMP threads. So nothing
+// compiled for AVX-512 contains a parallel region, and no compiler has to carry target flags into outlined code.
 // Tensors are addresses, sizes and strides in elements; the last dimension is always contiguous.
 #pragma once
 #include <cstdint>

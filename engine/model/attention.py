@@ -9,6 +9,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from engine_kernels.attention import causal_attention
 from engine_kernels.rotary import rotary_reference, split_qkv_rotary
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
@@ -29,28 +30,32 @@ def rotary_table(start: int, length: int, dim: int, base: float, device: torch.d
 
 
 class CoreAttention(MegatronModule):
-    """softmax(q kᵀ / √d, causal) v through torch's ``scaled_dot_product_attention``."""
+    """softmax(q kᵀ / √d, causal) v: the engine's CPU kernel in training there, else torch's
+    ``scaled_dot_product_attention``."""
 
     def __init__(self, config: ModelSettings, layer_number, attn_mask_type, attention_type, cp_comm_type=None,
                  softmax_scale=None, pg_collection=None, **_ignored):
         super().__init__(config=config)
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.dropout = config.attention_dropout
+        self.impl = config.kernel_impl
 
     def forward(self, q_bhsd: torch.Tensor, k_bgtd: torch.Tensor, v_bgtd: torch.Tensor) -> torch.Tensor:
         """-> [b, h, s, d]. Queries are the last s of the t positions."""
         s, t = q_bhsd.shape[2], k_bgtd.shape[2]
+        dropout = self.dropout if self.training else 0.0
+        if s == t and dropout == 0.0:
+            return causal_attention(q_bhsd, k_bgtd, v_bgtd, scale=self.scale, impl=self.impl)
         mask = None
         if 1 < s < t:
             mask = torch.ones(s, t, dtype=torch.bool, device=q_bhsd.device).tril(diagonal=t - s)
-        dropout = self.dropout if self.training else 0.0
         attend = functools.partial(F.scaled_dot_product_attention, q_bhsd, k_bgtd, v_bgtd, attn_mask=mask,
-                                   is_causal=s == t and s > 1, scale=self.scale,
+                                   is_causal=s == t, scale=self.scale, dropout_p=dropout,
                                    enable_gqa=q_bhsd.shape[1] != k_bgtd.shape[1])
         if dropout == 0.0:
             return attend()
         with tensor_parallel.get_cuda_rng_tracker().fork():  # tensor ranks hold other heads: other masks
-            return attend(dropout_p=dropout)
+            return attend()
 
 
 class SelfAttention(MegatronSelfAttention):

@@ -108,7 +108,7 @@ def causal_attention(
 ) -> Tensor:
     """softmax(scale * q k^T + causal mask) v for q [b, h, s, d], k and v [b, g, s, d], g dividing h -> [b, h, s, d].
 
-    scale defaults to 1 / sqrt(d). Any strides with unit stride in d. The kernel's result lies in memory as [s, b, h, d]:
+    scale defaults to 1 / sqrt(d). Any strides with unit stride in d. The kernel's result is [s, b, h, d] in memory:
     `.permute(2, 0, 1, 3).reshape(s, b, h * d)`, what Megatron's output projection takes, is a view of it. "torch" is
     scaled_dot_product_attention. Raises ValueError for shapes that do not fit; queries and keys must be of one length.
     """
