@@ -19,10 +19,11 @@ class EvaluationRows:
     """All rows of the sources, one source behind another; ``len`` of them. UserError when nothing can be predicted."""
 
     def __init__(self, splits: Sequence[PreparedSplit], seq_length: int):
-        for split in splits:
-            if split.dataset.num_tokens < 2:
-                raise UserError(f"{split.dataset.num_tokens} tokens, evaluation needs at least 2",
-                                where=str(split.dataset.bin_path), fix="Prepare a larger validation split")
+        usable = [split for split in splits if split.dataset.num_tokens >= 2]
+        if not usable:
+            raise UserError(f"{splits[0].dataset.num_tokens} tokens, evaluation needs at least 2",
+                            where=str(splits[0].dataset.bin_path), fix="Prepare a larger validation split")
+        splits = usable  # a source of a blend may be too small to hold out a document
         self._splits, self._seq_length = splits, seq_length
         predictions = np.array([split.dataset.num_tokens - 1 for split in splits], np.int64)
         self._rows = -(-predictions // seq_length)

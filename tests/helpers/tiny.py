@@ -1,0 +1,211 @@
+"""A tiny prepared corpus, tiny models on it, and processes that run them together: what the engine's tests share.
+
+Imported by tests and by the workers they start (tests/conftest.py puts this folder on sys.path).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import Config
+from engine.config.prepare import PrepareConfig
+
+warnings.filterwarnings("ignore", module=r"megatron\.")
+
+VOCAB, SEQ = 300, 16
+HERE = Path(__file__).parent
+_WORDS = "the spring stores what the hand gives and the train of wheels spends it tick by tick all day".split()
+
+
+def write_corpus(folder: Path) -> Path:
+    """A prepared directory of 120 short, repetitive documents; a tenth of them held out."""
+    from engine.data.prepare import prepare
+
+    raw = folder / "raw"
+    raw.mkdir(parents=True)
+    for i in range(120):
+        words = [_WORDS[(i * k + k * k // 3) % len(_WORDS)] for k in range(1, 40 + i % 13)]
+        (raw / f"{i}.txt").write_text(" ".join(words) + f". Number {i}.\n", encoding="utf-8")
+    skip = ["few_words", "repetition"]
+    rules = [rule for rule in skip if rule in _rules()]
+    prepare(PrepareConfig(input=[raw], output=folder / "data", vocab_size=VOCAB, validation_fraction=0.1,
+                          skip_rule=rules))
+    return folder / "data"
+
+
+def _rules() -> list[str]:
+    from engine.data import cleaning
+
+    return [rule.name for rule in getattr(cleaning, "RULES", [])]
+
+
+def config(data: Path, output: Path, **changes: Any) -> Config:
+    """Two layers of 32 features in fp32; ``changes`` by dotted path with ``__`` for the dot: ``train__lr=0.1``."""
+    base = {
+        "output_dir": output,
+        "device": "cpu",
+        "data": {"path": data, "num_workers": 0},
+        "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2,
+                  "ffn_hidden_size": 64, "seq_length": SEQ, "init_std": 0.08},
+        "train": {"max_steps": 8, "global_batch_size": 4, "micro_batch_size": 1, "lr": 5e-3, "precision": "fp32",
+                  "schedule": "constant"},
+        "checkpoint": {"save_steps": 0},
+        "evaluation": {"eval_steps": 0},
+        "logging": {"logging_steps": 1, "tensorboard": False, "progress": "off"},
+    }
+    cfg = Config(**base)
+    return cfg.with_values({name.replace("__", "."): value for name, value in changes.items()}) if changes else cfg
+
+
+def from_json(text: str) -> Config:
+    return Config(**json.loads(text))
+
+
+def to_json(cfg: Config) -> str:
+    return json.dumps(cfg.model_dump(mode="json", exclude_unset=True))
+
+
+class MaskedLoader:
+    """A loader whose loss masks leave out other tokens of every sequence, by the sequence's own tokens."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def micro_batches(self, *args, **kwargs):
+        for batch in self.inner.micro_batches(*args, **kwargs):
+            batch = copy.copy(batch)
+            keep = (batch.tokens_bs.sum(1, keepdim=True) + torch.arange(batch.tokens_bs.shape[1])) % 3 != 0
+            keep[:, : int(batch.tokens_bs[0, 0]) % 12] = False
+            batch.loss_mask_bs = keep.float()
+            yield batch
+
+
+@dataclass
+class Run:
+    """A wrapped model with everything that trains it, built as the drivers do."""
+
+    cfg: Config
+    groups: Any
+    data: Any
+    chunks: list[Any]
+    optimizer: Any
+    state: Any
+
+    def step(self):
+        from engine.train import step
+
+        return step.run(self.cfg, self.chunks, self.optimizer, self.data, self.groups, self.state)
+
+    def checkpointer(self, **changes):
+        from engine.checkpoint.manager import Checkpointer
+
+        folder = self.cfg.data.path / "tokenizer"
+        identity = {"tokenizer": folder, "tokenizer_sha256": "the tokenizer", "vocab_size": VOCAB}
+        return Checkpointer(self.cfg, self.groups, **identity | changes)
+
+    def save(self) -> Path:
+        return self.checkpointer().save(self.chunks, self.optimizer, self.state.to_dict())
+
+    def load(self, path: Path) -> None:
+        from engine.train.state import TrainState
+
+        self.state = TrainState.from_dict(self.checkpointer().load(path, self.chunks, self.optimizer))
+
+
+def start(cfg: Config, *, masked: bool = False) -> Run:
+    """Groups, model, optimizer and data of a run, before its first step."""
+    from engine.data import loader
+    from engine.model import build
+    from engine.parallel import topology, wrap
+    from engine.train import optimizer, step
+    from engine.train.state import TrainState
+
+    groups = topology.build(cfg)
+    data = loader.build(cfg, "train", dp_rank=groups.data_parallel_rank, dp_size=groups.data_parallel_size)
+    chunks = wrap.apply(build.model(cfg, groups, VOCAB), cfg, groups)
+    update = optimizer.build(chunks, cfg, groups)
+    step.prepare(chunks)
+    return Run(cfg, groups, MaskedLoader(data) if masked else data, chunks, update, TrainState())
+
+
+def shard_dict(chunks: list[Any]) -> dict[str, tuple[torch.Tensor, int | None, int]]:
+    """This rank's weights by their name in the unsplit model: (values, split dimension, interleaved blocks)."""
+    from engine.model.init import _global_names
+    from engine.parallel.wrap import unwrap
+
+    found = {}
+    for chunk in chunks:
+        for name, p in _global_names(unwrap(chunk)).items():
+            split = getattr(p, "tensor_model_parallel", False)
+            found[name] = (p.detach().clone(), p.partition_dim if split else None, max(1, getattr(p, "partition_stride", 1)))
+    return found
+
+
+def assemble(shards: list[dict]) -> dict[str, torch.Tensor]:
+    """The whole model's weights from ``shard_dict`` of the tensor ranks, in order."""
+    whole = {}
+    for name, (first, dim, stride) in shards[0].items():
+        if dim is None:
+            whole[name] = first
+            continue
+        parts = [s[name][0].chunk(stride, dim=dim) for s in shards]
+        whole[name] = torch.cat([part[block] for block in range(stride) for part in parts], dim=dim)
+    return whole
+
+
+def whole_weights(run: Run) -> dict[str, torch.Tensor]:
+    """The unsplit model, on every rank: pipeline stages merged, the last stage's tied copy checked and left out."""
+    import torch.distributed as dist
+
+    gathered: list = [None] * run.groups.world_size
+    dist.all_gather_object(gathered, (run.groups.pg.pp.rank(), run.groups.pg.tp.rank(), shard_dict(run.chunks)))
+    whole: dict[str, torch.Tensor] = {}
+    for stage in range(run.groups.pg.pp.size()):
+        ranks = {tp: shards for pp, tp, shards in gathered if pp == stage}
+        whole |= assemble([ranks[tp] for tp in sorted(ranks)])
+    if run.cfg.model.tie_embeddings and "output_layer.weight" in whole:
+        copy_vh = whole.pop("output_layer.weight")
+        assert torch.equal(copy_vh, whole["embedding.word_embeddings.weight"]), "the tied copies differ"
+    return {name: value[:VOCAB] if _is_vocabulary(name) else value for name, value in whole.items()}
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name in ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(script: Path, world: int, *args: object, timeout: float = 240) -> list[tuple[int, str]]:
+    """Runs ``script`` as ``world`` ranks as torchrun would. -> (exit code, output) of each; none outlives the call."""
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
+                                "WORLD_SIZE": str(world), "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    command = [sys.executable, str(script), *map(str, args)]
+    ranks = [subprocess.Popen(command, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(world)]
+    deadline = time.monotonic() + timeout
+    try:
+        outputs = []
+        for rank in ranks:
+            outputs.append(rank.communicate(timeout=max(1.0, deadline - time.monotonic()))[0])
+        return [(rank.returncode, text) for rank, text in zip(ranks, outputs, strict=True)]
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+                rank.wait()
