@@ -1,35 +1,34 @@
 """The C++ kernels beside the plain torch chain that Transformers runs for the same op, forward and forward + backward.
 
-    PYTHONPATH=.:kernels python benchmarks/bench_kernels_cpu.py [--json FILE] [--threads 1 2] [--ops swiglu ...]
+    python benchmarks/run.py kernels_cpu [--json FILE] [--threads 1] [--ops swiglu ...]
 
 Runs of the two are interleaved; printed are medians and minima in milliseconds, and the bytes an op must move (each
 input read once, each output written once) over the minimum, beside the rate of a copy measured in the same process.
-Large tensors are fresh mappings in both (glibc's default): export MALLOC_TOP_PAD_ and MALLOC_MMAP_THRESHOLD_ as the
-trainer sets them to see it without page faults, of which the chains pay more.
+Freed memory is kept for both alike, as the trainer keeps it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from engine_kernels import _cpu
 from engine_kernels.attention import causal_attention
 from engine_kernels.cross_entropy import cross_entropy
+from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
 from engine_kernels.rms_norm import rms_norm
 from engine_kernels.rotary import split_qkv_rotary
 from engine_kernels.swiglu import swiglu
 from torch import Tensor
+
+from benchmarks import harness
+from engine.runtime import keep_freed_memory
 
 # The model of issue 2's profile: batch 8 x sequence 512, 4 query heads over 2 groups.
 S, B, D, FFN, V, H, G, HEAD = 512, 8, 256, 704, 8192, 4, 2, 64
@@ -106,6 +105,14 @@ def cases(dtype: torch.dtype) -> list[Case]:
              2 * n * (H + 2 * G) * HEAD * e, 4 * n * (H + 2 * G) * HEAD * e),
         Case("cross_entropy", llama_loss, kernel_loss, [new(n, V), labels], 3 * n * V * e, 6 * n * V * e),
     ]
+    # y = x wT, and the two products of its backward pass, on the gate-up projection's shape.
+    x, w, g = (new(*shape).detach() for shape in ((n, D), (2 * FFN, D), (n, 2 * FFN)))
+    moved = (n * D + 2 * FFN * D + n * 2 * FFN) * e
+    found += [
+        Case("linear forward", lambda x, w: x.mm(w.t()), matmul_nt, [x, w], moved, moved),
+        Case("linear dgrad", lambda g, w: g.mm(w), matmul_nn, [g, w], moved, moved),
+        Case("linear wgrad", lambda g, x: g.t().mm(x), matmul_tn, [g, x], moved, moved),
+    ]
     for s in (256, 512, 1024):
         b = n // s
         found.append(Case(f"causal_attention s={s}", sdpa, causal_attention,
@@ -158,8 +165,10 @@ def measure(case: Case, dtype: str, threads: int, repeats: int, copy_gb_s: float
     gradients = [torch.randn_like(o) for o in (outputs if isinstance(outputs, tuple) else [outputs])]
     del outputs
     rows = []
-    for part, one, size in (("forward", partial(forward, inputs=case.inputs), case.forward_bytes),
-                            ("both", partial(both, inputs=case.inputs, gradients=gradients), case.both_bytes)):
+    parts = [("forward", partial(forward, inputs=case.inputs), case.forward_bytes)]
+    if any(t.requires_grad for t in case.inputs):
+        parts.append(("both", partial(both, inputs=case.inputs, gradients=gradients), case.both_bytes))
+    for part, one, size in parts:
         chain, kernel = interleaved([partial(one, case.chain), partial(one, case.kernel)], repeats)
         medians = statistics.median(chain), statistics.median(kernel)
         rows.append(Row(case.op, dtype, threads, part, *medians, medians[0] / medians[1], min(chain), min(kernel),
@@ -173,32 +182,22 @@ def copy_rate(repeats: int) -> float:
     return 2 * 2**27 / min(interleaved([lambda: target.copy_(source)], repeats)[0]) / 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, help="also write the rows, the machine and the versions here")
-    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
-    parser.add_argument("--repeats", type=int, default=15)
+def add_options(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--repeats", type=int, default=15, help="timed runs of each op")
     parser.add_argument("--ops", nargs="+", help="only ops whose name begins so")
-    arguments = parser.parse_args()
-    rows: list[Row] = []
-    print(f"{'op':24} {'dtype':9} thr {'part':8} {'chain ms':>9} {'kernel ms':>9}  ratio     GB/s   copy")
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        copy_gb_s = copy_rate(arguments.repeats)
-        for dtype in (torch.float32, torch.bfloat16):
-            for case in cases(dtype):
-                if arguments.ops and not case.op.startswith(tuple(arguments.ops)):
-                    continue
-                for row in measure(case, str(dtype).removeprefix("torch."), threads, arguments.repeats, copy_gb_s):
-                    rows.append(row)
-                    print(f"{row.op:24} {row.dtype:9} {row.threads:3} {row.part:8} {row.chain_ms:9.2f} "
-                          f"{row.kernel_ms:9.2f} {row.ratio:5.2f}x   {row.kernel_gb_s:6.1f} {row.copy_gb_s:6.1f}",
-                          flush=True)
-    if arguments.json:
-        machine = {"processor": platform.processor() or platform.machine(), "instruction_set": _cpu.instruction_set(),
-                   "torch": torch.__version__, "python": platform.python_version()}
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1))
 
 
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace) -> list[harness.Row]:
+    """The suite for benchmarks/run.py."""
+    threads = options.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    keep_freed_memory()  # on both sides alike: page faults would drown the ops
+    copy_gb_s = copy_rate(options.repeats)
+    found = [row for dtype in (torch.float32, torch.bfloat16) for case in cases(dtype)
+             if not options.ops or case.op.startswith(tuple(options.ops))
+             for row in measure(case, str(dtype).removeprefix("torch."), threads, options.repeats, copy_gb_s)]
+    return [harness.Row(f"{row.op} {row.dtype} {row.part}",
+                        {"threads": row.threads, "chain ms": row.chain_ms, "kernel ms": row.kernel_ms,
+                         "x chain": row.ratio, "kernel GB/s": row.kernel_gb_s, "copy GB/s": row.copy_gb_s},
+                        compare="x chain")
+            for row in found]

@@ -1,7 +1,6 @@
-from collections.abc import Buffer
-
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Buffer
 
 def parse_index(idx: Buffer) -> tuple[int, int, int, int, int, int, int]:
     """(dtype code, sequences, document indices, tokens, byte offsets of sizes, pointers and documents). ValueError."""

@@ -12,7 +12,7 @@ from engine.runtime import command
 # name: (module with main(argv) -> exit code, one line for --help); imported only when called, for start-up time.
 COMMANDS = {
     "prepare": ("engine.data.prepare", "raw files -> tokenizer, .bin/.idx, manifest"),
-    "pretrain": ("engine.pretrain", "train a model from scratch, or resume (several processes: torchrun -m engine.pretrain)"),
+    "pretrain": ("engine.pretrain", "train a model, or resume (several processes: torchrun -m engine.pretrain)"),
     "evaluate": ("engine.evaluate", "perplexity, token accuracy and speed of a checkpoint on held-out data"),
     "generate": ("engine.generate", "text from a checkpoint"),
     "report": ("engine.report", "a run against unigram and bigram models, with a plot of its losses"),
@@ -22,8 +22,8 @@ COMMANDS = {
 def usage() -> str:
     """The text of `mainspring --help`."""
     lines = [f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items()]
-    return "\n".join(["usage: mainspring <command> [--config FILE] [--field value …] [--help] [--debug]", "", *lines, "",
-                      "`mainspring <command> --help` lists every field with its default and unit."])
+    return "\n".join(["usage: mainspring <command> [--config FILE] [--field value …] [--help] [--debug]", "",
+                      *lines, "", "`mainspring <command> --help` lists every field with its default and unit."])
 
 
 def run(argv: list[str]) -> int:

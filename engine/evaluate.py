@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from engine.checkpoint.restore import Restored
 
 
 def main(argv: list[str]) -> int:
@@ -16,39 +20,49 @@ def main(argv: list[str]) -> int:
     options = parse(EvaluateConfig, argv, prog="mainspring evaluate")
 
     from engine.checkpoint import restore
-    from engine.parallel import topology
 
-    restored = restore.model(options.checkpoint, device=options.device, precision=options.precision)
-    result = {"checkpoint": str(restored.path), "step": restored.record["train"]["step"]} | run(restored, options)
-    if restored.groups.is_main:
-        text = json.dumps(result, indent=1)
-        print(text)
-        if options.output is not None:
-            options.output.write_text(text + "\n", encoding="utf-8")
-    topology.shutdown()
+    with restore.model(options.checkpoint, device=options.device, precision=options.precision) as restored:
+        found = run(restored, data=options.data, split=options.split, batch_size=options.batch_size,
+                    max_sequences=options.max_sequences, seq_length=options.seq_length)
+        if restored.groups.is_main:
+            record = {"checkpoint": str(restored.path), "step": restored.record["train"]["step"]}
+            text = json.dumps(record | found, indent=1)
+            print(text)
+            if options.output is not None:
+                _write(options.output, text)
     return 0
 
 
-def run(restored, options) -> dict:
-    """Evaluates an already restored model on ``options.data``, or on the data of its training."""
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(error.strerror or str(error), where=str(path), fix="Choose another --output") from error
+
+
+def run(restored: Restored, *, data: Path | None = None, split: Literal["validation", "train"] = "validation",
+        batch_size: int = 8, max_sequences: int | None = None, seq_length: int | None = None) -> dict[str, float]:
+    """Evaluates a restored model on ``data``, or on the data of its training; on every rank.
+
+    ``batch_size`` sequences at once, ``max_sequences`` at most (None: all), of ``seq_length`` tokens (None: the
+    model's context). See ``engine.evaluation.perplexity.evaluate`` for the result. Raises ``UserError``.
+    """
     from engine.data import loader
     from engine.data.tokenizer import load_tokenizer
     from engine.evaluation.perplexity import evaluate
-    from engine.train.run import data_folders
+    from engine.train.run import tokenizer_folder
 
     cfg, groups = restored.cfg, restored.groups
-    length = options.seq_length or cfg.model.seq_length
+    length = seq_length or cfg.model.seq_length
     if length > cfg.model.seq_length:
-        raise UserError(f"{length} tokens is longer than the model's context ({cfg.model.seq_length})", where="seq_length",
-                        fix=f"Use at most {cfg.model.seq_length}")
-    if options.data is not None:
-        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"path": options.data, "blend": []})})
-    for path in data_folders(cfg):
-        if not Path(path).is_dir():
-            raise UserError("no such directory", where=str(path), fix="Name a prepared directory with --data")
-        if load_tokenizer(Path(path) / "tokenizer").sha256 != restored.tokenizer.sha256:
-            raise UserError("was tokenized by another tokenizer than the model's", where=str(path),
-                            fix=f"Prepare it with --tokenizer {restored.path / 'tokenizer'}")
-    with loader.build(cfg, options.split, dp_rank=groups.data_parallel_rank, dp_size=groups.data_parallel_size) as data:
-        return evaluate(restored.chunks, data, groups, micro_batch_size=options.batch_size, seq_length=length,
-                        max_sequences=options.max_sequences)
+        raise UserError(f"{length} tokens is longer than the model's context ({cfg.model.seq_length})",
+                        where="seq_length", fix=f"Use at most {cfg.model.seq_length}")
+    if data is not None:
+        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"path": data, "blend": []})})
+    folder = tokenizer_folder(cfg)
+    if load_tokenizer(folder).sha256 != restored.tokenizer.sha256:
+        raise UserError("was tokenized by another tokenizer than the model's", where=str(folder.parent),
+                        fix=f"Prepare it with --tokenizer {restored.path / 'tokenizer'}")
+    with loader.build(cfg, split, dp_rank=groups.data_parallel_rank, dp_size=groups.data_parallel_size) as held_out:
+        return evaluate(restored.chunks, held_out, groups, micro_batch_size=batch_size, seq_length=length,
+                        max_sequences=max_sequences)

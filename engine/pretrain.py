@@ -1,9 +1,10 @@
-"""Pretraining: `python engine/pretrain.py --config …`, or `torchrun --nproc-per-node N engine/pretrain.py --config …`."""
+"""Pretraining: `python engine/pretrain.py --config …`, or `torchrun --nproc-per-node N engine/pretrain.py …`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__" and __package__ is None:  # run by path: the checkout is importable without being installed
     here = Path(__file__).resolve().parents[1]
@@ -11,14 +12,23 @@ if __name__ == "__main__" and __package__ is None:  # run by path: the checkout 
 
 from engine.runtime import command
 
+if TYPE_CHECKING:
+    from engine.config import Config
+    from engine.train.state import TrainState
+
 
 def main(argv: list[str]) -> int:
-    """Trains a model from scratch, or resumes. Returns the exit code."""
+    """Trains as the command line says. Returns the exit code."""
     from engine.config import Config, parse
 
-    cfg = parse(Config, argv, prog="engine/pretrain.py", aliases=Config.aliases)
+    run(parse(Config, argv, prog="engine/pretrain.py"))
+    return 0
 
+
+def run(cfg: Config) -> TrainState:
+    """Trains a model from scratch, or resumes; on every rank. Returns how far it came. Raises ``UserError``."""
     from engine.checkpoint.manager import Checkpointer
+    from engine.config import vocabulary
     from engine.data import loader
     from engine.data.tokenizer import load_tokenizer
     from engine.evaluation.perplexity import evaluate
@@ -28,32 +38,31 @@ def main(argv: list[str]) -> int:
     from engine.train.run import check_tokenizer, logger_for, report_start, tokenizer_folder
     from engine.train.state import TrainState
 
-    groups = topology.build(cfg)
     folder = tokenizer_folder(cfg)
     tokenizer = load_tokenizer(folder)
     check_tokenizer(cfg, folder, tokenizer.sha256)
-    place = {"dp_rank": groups.data_parallel_rank, "dp_size": groups.data_parallel_size}
-    with loader.build(cfg, "train", **place) as data, loader.build(cfg, "validation", **place) as held_out:
-        chunks = wrap.apply(build.model(cfg, groups, tokenizer.vocab_size), cfg, groups)
-        update = optimizer.build(chunks, cfg, groups)
-        checkpoints = Checkpointer(cfg, groups, tokenizer=folder, tokenizer_sha256=tokenizer.sha256,
-                                   vocab_size=tokenizer.vocab_size)
-        state = TrainState()
-        if (found := checkpoints.find_resume()) is not None:
-            state = TrainState.from_dict(checkpoints.load(found, chunks, update))
-        with logger_for(cfg, groups, state) as logger:
-            report_start(logger, cfg, groups, chunks, resumed_from=found)
-            limit = cfg.evaluation.eval_batches
-            loop.run(
-                cfg, chunks, update, data, groups, state=state, logger=logger, vocab_size=tokenizer.vocab_size,
-                save=lambda s: checkpoints.save(chunks, update, s.to_dict()),
-                evaluate=lambda: evaluate(
-                    chunks, held_out, groups, micro_batch_size=cfg.train.micro_batch_size,
-                    seq_length=cfg.model.seq_length,
-                    max_sequences=None if limit is None else limit * cfg.train.global_batch_size),
-            )
-    topology.shutdown()
-    return 0
+    vocab_size = vocabulary(cfg.model, tokenizer.vocab_size)
+    with topology.groups(cfg) as groups:
+        place = {"dp_rank": groups.data_parallel_rank, "dp_size": groups.data_parallel_size}
+        with loader.build(cfg, "train", **place) as data, loader.build(cfg, "validation", **place) as held_out:
+            chunks = wrap.apply(build.model(cfg, groups, vocab_size), cfg, groups)
+            update = optimizer.build(chunks, cfg, groups)
+            checkpoints = Checkpointer(cfg, groups, tokenizer=folder, tokenizer_sha256=tokenizer.sha256,
+                                       vocab_size=vocab_size)
+            state = TrainState()
+            if (found := checkpoints.find_resume()) is not None:
+                state = TrainState.from_dict(checkpoints.load(found, chunks, update))
+            with logger_for(cfg, groups, state) as logger:
+                report_start(logger, cfg, groups, chunks, resumed_from=found)
+                limit = cfg.evaluation.eval_batches
+                return loop.run(
+                    cfg, chunks, update, data, groups, state=state, logger=logger, vocab_size=vocab_size,
+                    save=lambda s: checkpoints.save(chunks, update, s.to_dict()),
+                    evaluate=lambda: evaluate(
+                        chunks, held_out, groups, micro_batch_size=cfg.train.micro_batch_size,
+                        seq_length=cfg.model.seq_length,
+                        max_sequences=None if limit is None else limit * cfg.train.global_batch_size),
+                )
 
 
 if __name__ == "__main__":

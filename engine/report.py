@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
+
+from engine.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -14,26 +15,27 @@ def main(argv: list[str]) -> int:
 
     options = parse(ReportConfig, argv, prog="mainspring report")
 
+    if not (options.run / "metrics.jsonl").is_file():
+        raise UserError("is not the folder of a run (no metrics.jsonl)", where=str(options.run),
+                        fix="Give the output_dir that it was trained with")
+
     from engine import evaluate, generate
     from engine.checkpoint import restore
     from engine.data.prepared import open_split
-    from engine.evaluation.generation import Sampling
     from engine.evaluation.ngram import ngram_cross_entropy
     from engine.evaluation.plot import plot_loss
-    from engine.parallel import topology
     from engine.train.run import data_folders
 
-    restored = restore.model(options.run, device=options.device)
-    cfg = restored.cfg
-    held_out = evaluate.run(restored, SimpleNamespace(data=None, split="validation", batch_size=8, max_sequences=None,
-                                                      seq_length=None))
-    baselines = {}
-    folders = data_folders(cfg)
-    if len(folders) == 1:  # the baselines are fitted on the tokens of one prepared directory
-        splits = [open_split(folders[0], split).dataset for split in ("train", "validation")]
-        baselines = ngram_cross_entropy(splits[0], splits[1], restored.tokenizer.vocab_size)
-    sample = options.prompt + generate.continuations(restored, options.prompt, Sampling(options.max_new_tokens))[0]
-    topology.shutdown()
+    with restore.model(options.run, device=options.device) as restored:
+        cfg = restored.cfg
+        held_out = evaluate.run(restored)
+        baselines = {}
+        folders = data_folders(cfg)
+        if len(folders) == 1:  # the baselines are fitted on the tokens of one prepared directory
+            splits = [open_split(folders[0], split).dataset for split in ("train", "validation")]
+            baselines = ngram_cross_entropy(splits[0], splits[1], restored.tokenizer.vocab_size)
+        added = generate.continuations(restored, options.prompt, max_new_tokens=options.max_new_tokens)[0]
+    sample = options.prompt + added
 
     nats = {name: baselines[name] for name in ("unigram", "bigram") if name in baselines}
     plot_loss(options.run / "metrics.jsonl", options.run / "loss.png", baselines=nats,
@@ -55,8 +57,8 @@ def verdict(model: float, baselines: dict[str, float]) -> str:
         return f"held-out cross-entropy, nats a token: model {model:.3f}"
     names = ", ".join(f"{name} {nats:.3f}" for name, nats in baselines.items())
     missed = [name for name, nats in baselines.items() if model >= nats]
-    word = f"the model is NOT below {' and '.join(missed)}" if missed else f"the model is below {' and '.join(baselines)}"
-    return f"held-out cross-entropy, nats a token: model {model:.3f}, {names}: {word}"
+    word = f"NOT below {' and '.join(missed)}" if missed else f"below {' and '.join(baselines)}"
+    return f"held-out cross-entropy, nats a token: model {model:.3f}, {names}: the model is {word}"
 
 
 def places(run: Path, checkpoint: Path, folders: list[Path]) -> str:

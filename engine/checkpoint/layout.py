@@ -87,7 +87,8 @@ def find(path: Path | str) -> Path:
             if found is not None:
                 return found
     problem = "no checkpoint in this folder" if path.is_dir() else "no such folder"
-    raise UserError(problem, where=str(path), fix="Give a folder iter_NNNNNNN, or the output_dir of a run that saved one")
+    raise UserError(problem, where=str(path),
+                    fix="Give a folder iter_NNNNNNN, or the output_dir of a run that saved one")
 
 
 def sha256(path: Path) -> str:
@@ -129,7 +130,7 @@ def publish(temporary: Path, final: Path, hashes: dict[str, str]) -> None:
 
 
 def verify(checkpoint: Path) -> None:
-    """Checks every file against the manifest. Raises ``UserError`` that names the first damaged, missing or added one."""
+    """Checks every file against the manifest. Raises ``UserError`` naming the first damaged, missing or added one."""
     try:
         files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:

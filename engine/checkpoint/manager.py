@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
 
 from engine.checkpoint import layout, rng, sharded
-from engine.config import Config, dump_yaml
+from engine.config import Config, dump_yaml, load_yaml
 from engine.errors import UserError
 from engine.parallel.topology import Groups
 
+# The fields that the names and shapes of the weights follow from.
+_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size",
+          "tie_embeddings", "qk_norm", "attention_bias", "linear_bias", "attention_sinks", "moe")
+
+
+@contextlib.contextmanager
+def _disk_errors(groups: Groups, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        file = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"rank {groups.rank}: {error.strerror or error}{file}", where=what,
+                        fix="Free some space or mend the permissions; earlier checkpoints are intact") from error
+
 
 def _agree(groups: Groups, work: Callable[[], object], what: str) -> list:
-    """Runs ``work`` on every rank and gathers the results; a failure on one rank is raised on all, naming it."""
+    """Runs ``work`` on every rank and gathers the results; a failure on one rank is raised on all, naming it.
+
+    ``work`` raises after its last collective call, if it has any: the other ranks would wait in it for this one.
+    """
     outcome, failure = None, None
     try:
-        outcome = work()
+        with _disk_errors(groups, what):
+            outcome = work()
     except UserError as error:
         failure = str(error)
-    except OSError as error:
-        failure = (f"{what}: rank {groups.rank}: {error.strerror or error} ({error.filename or ''}). Free some space or "
-                   "mend the permissions; earlier checkpoints are intact")
     gathered: list = [None] * groups.world_size
     dist.all_gather_object(gathered, (outcome, failure))
     for _, problem in gathered:
@@ -42,6 +58,21 @@ def _own_files(temporary: Path, rank: int) -> list[Path]:
     if rank == 0:
         own += [p for p in files if p not in shard_of and p.parent.name != "rng"]
     return own
+
+
+def _flush_and_hash(path: Path) -> str:
+    layout.fsync(path)  # Megatron flushes its shards, but not its common.pt and metadata.json
+    return layout.sha256(path)
+
+
+def _check_model(path: Path, cfg: Config) -> None:
+    """Refuses a checkpoint of a model of other shape, in the words of the configuration."""
+    saved, wanted = load_yaml(path / "config.yaml").get("model") or {}, cfg.model.model_dump(mode="json")
+    other = [name for name in _SHAPE if name in saved and saved[name] != wanted[name]]
+    if other:
+        differences = ", ".join(f"model.{name} {saved[name]} (here {wanted[name]})" for name in other)
+        raise UserError(f"is a checkpoint of another model: {differences}", where=str(path),
+                        fix="Set these as they were, or choose another --output_dir for the new model")
 
 
 class Checkpointer:
@@ -72,7 +103,7 @@ class Checkpointer:
         _agree(self.groups, begin, what)
         _agree(self.groups, lambda: sharded.save(temporary / "sharded", chunks, optimizer, self.groups), what)
         _agree(self.groups, lambda: self._save_rest(temporary, state), what)
-        hashes = _agree(self.groups, lambda: {str(p.relative_to(temporary)): layout.sha256(p)
+        hashes = _agree(self.groups, lambda: {str(p.relative_to(temporary)): _flush_and_hash(p)
                                               for p in _own_files(temporary, self.groups.rank)}, what)
 
         def end() -> None:
@@ -86,7 +117,6 @@ class Checkpointer:
 
     def _save_rest(self, temporary: Path, state: dict) -> None:
         rng.save(temporary, self.groups.rank)
-        layout.fsync(rng.path(temporary, self.groups.rank))
         if not self.groups.is_main:
             return
         parallel = self.cfg.parallel.model_dump() | {"world_size": self.groups.world_size}
@@ -95,11 +125,20 @@ class Checkpointer:
         layout.write_text(temporary / "config.yaml", dump_yaml(self.cfg))
         if self.tokenizer is not None:
             shutil.copytree(self.tokenizer, temporary / "tokenizer")
-            for path in (temporary / "tokenizer").rglob("*"):
-                layout.fsync(path)
 
     def find_resume(self) -> Path | None:
-        """The checkpoint that ``resume_from_checkpoint`` means, None for a fresh start."""
+        """The checkpoint that ``resume_from_checkpoint`` means, None for a fresh start.
+
+        Raises ``UserError`` on all ranks when they see different ones: their ``output_dir`` is not one shared folder.
+        """
+        found: list[Path | None] = _agree(self.groups, self._find_resume, "resuming")
+        for rank, path in enumerate(found):
+            if path != found[0]:
+                raise UserError(f"rank {rank} finds {path or 'no checkpoint'}, rank 0 {found[0] or 'none'}",
+                                where=str(self.checkpoints), fix="Put output_dir on a file system that all ranks share")
+        return found[0]
+
+    def _find_resume(self) -> Path | None:
         wanted = self.cfg.resume_from_checkpoint
         if wanted == "none":
             if layout.existing(self.checkpoints):
@@ -115,11 +154,13 @@ class Checkpointer:
         """
         what = f"loading {path}"
         _agree(self.groups, lambda: self.groups.is_main and layout.verify(path), what)
+        _check_model(path, self.cfg)
         record = read_state(path)
         for name, value in self.identity.items():
             if record.get(name) not in (None, value):
-                raise UserError(f"was trained with another tokenizer ({name} {record[name]}, the data's {value})",
-                                where=str(path), fix="Use the data that was prepared with its tokenizer")
+                raise UserError(f"is a checkpoint of another vocabulary: {name} {record[name]} (here {value})",
+                                where=str(path), fix="Use data that was prepared with its tokenizer, "
+                                f"{path / 'tokenizer'}, or choose another --output_dir for the new model")
         sharded.load(path / "sharded", chunks, optimizer, self.groups)
         same_layout = record["parallel"] == self.cfg.parallel.model_dump() | {"world_size": self.groups.world_size}
         if same_layout:
@@ -132,4 +173,5 @@ def read_state(path: Path) -> dict:
     try:
         return json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read ({error})", where=str(path / "state.json"), fix="Use another checkpoint") from error
+        raise UserError(f"cannot be read ({error})", where=str(path / "state.json"),
+                        fix="Use another checkpoint") from error

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 
-_TRACKER = "tracker."
+_PREFIX = "tracker."
+
+
+def _tracker() -> Any:
+    return tensor_parallel.get_cuda_rng_tracker()  # None, to its type, before the process groups exist
 
 
 def capture() -> dict[str, torch.Tensor]:
@@ -16,8 +22,8 @@ def capture() -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    for name, value in tensor_parallel.get_cuda_rng_tracker().get_states().items():
-        state[_TRACKER + name] = value
+    for name, value in _tracker().get_states().items():
+        state[_PREFIX + name] = value
     return {name: value.clone() for name, value in state.items()}
 
 
@@ -25,8 +31,8 @@ def restore(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    tracker = {name.removeprefix(_TRACKER): v for name, v in state.items() if name.startswith(_TRACKER)}
-    tensor_parallel.get_cuda_rng_tracker().set_states(tracker)
+    regions = {name.removeprefix(_PREFIX): v for name, v in state.items() if name.startswith(_PREFIX)}
+    _tracker().set_states(regions)
 
 
 def path(directory: Path, rank: int) -> Path:
@@ -34,7 +40,7 @@ def path(directory: Path, rank: int) -> Path:
 
 
 def save(directory: Path, rank: int) -> None:
-    save_file(capture(), path(directory, rank))
+    path(directory, rank).write_bytes(serialize(capture()))  # save_file's errors are no OSError on a full disk
 
 
 def load(directory: Path, rank: int) -> None:

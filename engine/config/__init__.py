@@ -2,9 +2,10 @@
 
 from engine.config.base import Problem, Section, build, option
 from engine.config.command_line import parse
+from engine.config.loading import load_config
 from engine.config.model import ModelConfig, MoEConfig, YarnConfig
 from engine.config.parameters import count as parameter_count
-from engine.config.parameters import padded_vocab_size
+from engine.config.parameters import padded_vocab_size, vocabulary
 from engine.config.presets import PRESETS
 from engine.config.schema import Config
 from engine.config.sections import (
@@ -39,9 +40,11 @@ __all__ = [
     "YarnConfig",
     "build",
     "dump_yaml",
+    "load_config",
     "load_yaml",
     "option",
     "padded_vocab_size",
     "parameter_count",
     "parse",
+    "vocabulary",
 ]

@@ -33,7 +33,9 @@ class GenerateConfig(Section):
     max_new_tokens: int = option(128, "tokens to add at most", "tokens", ge=1)
     temperature: float = option(0.8, "0 is greedy; higher is wilder", "1", ge=0, le=100)
     top_k: int = option(0, "choose among the k likeliest (0: all)", "tokens", ge=0)
-    top_p: float = option(0.95, "choose among the likeliest that together reach this probability (1: all)", "0 to 1", gt=0, le=1)
+    top_p: float = option(
+        0.95, "choose among the likeliest that together reach this probability (1: all)", "0 to 1", gt=0, le=1
+    )
     num_samples: int = option(1, "continuations of the prompt", "samples", ge=1, le=1024)
     seed: int = option(1234, "fixes the draw", ge=0, lt=2**63)
     device: Device = option("auto", "processor")

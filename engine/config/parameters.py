@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 from engine.config.model import ModelConfig
+from engine.errors import UserError
+
+
+def vocabulary(model: ModelConfig, tokenizer_vocab_size: int) -> int:
+    """Tokens that the model can predict: its own ``vocab_size`` if that is set, else the tokenizer's.
+
+    Raises ``UserError`` when the model's is the smaller: some of the data would have no embedding.
+    """
+    if model.vocab_size is None:
+        return tokenizer_vocab_size
+    if model.vocab_size < tokenizer_vocab_size:
+        raise UserError(f"{model.vocab_size} is fewer than the {tokenizer_vocab_size} tokens of the data's tokenizer",
+                        where="model.vocab_size", fix=f"Set it to {tokenizer_vocab_size} or more, or to null")
+    return model.vocab_size
 
 
 def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor: int = 1) -> int:

@@ -53,7 +53,7 @@ class YamlFile:
                 )
             self.data: dict[str, Any] = self._value(root, ())
         except OSError as error:
-            raise UserError(f"cannot read the file: {error.strerror}", where=str(path)) from None
+            raise UserError(f"cannot read the file: {error.strerror}", where=str(path), fix="Check its name") from None
         except UnicodeDecodeError:
             raise UserError("the file is not UTF-8 text", where=str(path)) from None
         except ValueError:

@@ -6,6 +6,7 @@ b samples of one prompt, s positions, v vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -15,7 +16,7 @@ from engine.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 leave the distribution whole. ``seed`` fixes the draw."""
+    """``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 leave the distribution whole; ``seed`` fixes draws."""
 
     max_new_tokens: int = 128
     temperature: float = 0.8
@@ -51,20 +52,23 @@ def pick(logits_bv: torch.Tensor, sampling: Sampling, generator: torch.Generator
 
 @torch.no_grad()
 def generate(
-    model: torch.nn.Module,
+    model: Any,
     prompt: list[int],
     sampling: Sampling,
     *,
     eod_id: int | None,
+    vocab_size: int | None = None,
     num_samples: int = 1,
     use_cache: bool = True,
 ) -> list[list[int]]:
     """Continuations of ``prompt`` (token ids), without it; each ends before ``eod_id`` or at ``max_new_tokens``.
 
+    ``vocab_size``: the tokenizer's, where the model has room for more tokens than it was taught.
     ``use_cache=False`` runs the whole sequence anew for each token: the slow way, for tests. Raises ``UserError`` when
     the prompt is empty or leaves no room in the model's context.
     """
     limit = model.max_sequence_length
+    size = model.config.vocab_size if vocab_size is None else min(vocab_size, model.config.vocab_size)
     if not prompt:
         raise UserError("the prompt is empty", where="prompt", fix="Give at least one character")
     if len(prompt) >= limit:
@@ -82,11 +86,11 @@ def generate(
         new = tokens_bs[:, fed:]
         positions = torch.arange(fed, tokens_bs.shape[1], device=device).expand_as(new)
         logits_bsv = model(new, positions, None, inference_context=context, runtime_gather_output=True)
-        next_b = pick(logits_bsv[:, -1, : model.config.vocab_size], sampling, generator)
+        next_b = pick(logits_bsv[:, -1, :size], sampling, generator)
         if eod_id is not None:
             next_b = next_b.masked_fill(finished_b, eod_id)
             finished_b |= next_b == eod_id
-        if use_cache:
+        if context is not None:
             fed = tokens_bs.shape[1]
             context.sequence_len_offset = fed
         tokens_bs = torch.cat([tokens_bs, next_b[:, None]], dim=1)

@@ -52,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             max_n, sum_n, target_n, best_n = _reduce_stats(stats, tp_group)
             losses.append((max_n + sum_n.log() - target_n) * weights)
             correct.append(best_n * (weights > 0))
-            if not needs_grad:
+            if grad_h is None:
                 continue
             cross_entropy_grad_(logits, labels, vocab_start, max_n, sum_n, weights * scale,
                                 vocab_valid=vocab_valid, impl=impl)

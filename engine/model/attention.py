@@ -6,6 +6,7 @@ s query positions, t key positions, b batch, h this rank's query heads, g its ke
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,6 @@ from engine_kernels.rotary import rotary_reference, split_qkv_rotary
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
 from megatron.core.transformer.module import MegatronModule
-
-from engine.model.config import ModelSettings
 
 
 @functools.lru_cache(maxsize=64)
@@ -29,11 +28,15 @@ def rotary_table(start: int, length: int, dim: int, base: float, device: torch.d
     return angles.cos().float(), angles.sin().float()
 
 
+def _rng_tracker() -> Any:
+    return tensor_parallel.get_cuda_rng_tracker()  # optional only before the process groups exist
+
+
 class CoreAttention(MegatronModule):
     """softmax(q kᵀ / √d, causal) v: the engine's CPU kernel in training there, else torch's
     ``scaled_dot_product_attention``."""
 
-    def __init__(self, config: ModelSettings, layer_number, attn_mask_type, attention_type, cp_comm_type=None,
+    def __init__(self, config: Any, layer_number, attn_mask_type, attention_type, cp_comm_type=None,
                  softmax_scale=None, pg_collection=None, **_ignored):
         super().__init__(config=config)
         self.scale = softmax_scale or config.kv_channels**-0.5
@@ -54,7 +57,7 @@ class CoreAttention(MegatronModule):
                                    enable_gqa=q_bhsd.shape[1] != k_bgtd.shape[1])
         if dropout == 0.0:
             return attend()
-        with tensor_parallel.get_cuda_rng_tracker().fork():  # tensor ranks hold other heads: other masks
+        with _rng_tracker().fork():  # tensor ranks hold other heads: other masks
             return attend()
 
 
@@ -63,6 +66,10 @@ class SelfAttention(MegatronSelfAttention):
 
     The fused QKV projection is split, rotated and laid out for attention in one pass.
     """
+
+    config: Any  # ModelSettings, but Megatron types as optional what its own checks have filled
+    linear_qkv: Any
+    core_attention: Any
 
     def _qkv(self, hidden_sbh: torch.Tensor, start: int):
         """-> q [b, h, s, d], k and v [b, g, s, d], rotated."""
@@ -73,7 +80,8 @@ class SelfAttention(MegatronSelfAttention):
             mixed, _ = self.linear_qkv(hidden_sbh)
             length = mixed.shape[0]
         else:
-            q_sbhd, k_sbgd, v_sbgd = self.get_query_key_value_tensors(hidden_sbh)
+            qkv: Any = self.get_query_key_value_tensors(hidden_sbh)
+            q_sbhd, k_sbgd, v_sbgd = qkv
             length = q_sbhd.shape[0]
         cos, sin = rotary_table(start, length, config.rotary_dim, config.rotary_base, hidden_sbh.device)
         if plain:
@@ -101,10 +109,10 @@ class SelfAttention(MegatronSelfAttention):
                 rotary_pos_emb=None, rotary_pos_cos=None, rotary_pos_sin=None, rotary_pos_cos_sin=None,
                 attention_bias=None, packed_seq_params=None, sequence_len_offset=None, *, inference_params=None):
         """[s, b, hidden] -> ([s, b, hidden], bias). The signature is Megatron's; masks and tables are made here."""
-        caching = inference_context is not None and not self.training
-        q_bhsd, k_bgtd, v_bgtd = self._qkv(hidden_states, inference_context.sequence_len_offset if caching else 0)
-        if caching:
-            k_bgtd, v_bgtd = self._append_to_cache(inference_context, k_bgtd, v_bgtd)
+        context: Any = None if self.training else inference_context
+        q_bhsd, k_bgtd, v_bgtd = self._qkv(hidden_states, 0 if context is None else context.sequence_len_offset)
+        if context is not None:
+            k_bgtd, v_bgtd = self._append_to_cache(context, k_bgtd, v_bgtd)
         if self.checkpoint_core_attention and self.training:
             out_bhsd = tensor_parallel.checkpoint(self.core_attention, False, q_bhsd, k_bgtd, v_bgtd)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.config import Config
+from engine.config import Config, padded_vocab_size
 from engine.model import config as model_config
 from engine.parallel.topology import Groups
 
@@ -20,7 +20,7 @@ def _stages(cfg: Config, groups: Groups) -> list[tuple[int | None, bool, bool]]:
 def model(cfg: Config, groups: Groups, vocab_size: int) -> list[Any]:
     """The model chunks of this rank, initialised by parameter name, on the device, in training mode.
 
-    One chunk, or ``parallel.virtual_pipeline`` of them. ``vocab_size`` is the tokenizer's.
+    One chunk, or ``parallel.virtual_pipeline`` of them. ``vocab_size``: see ``engine.config.vocabulary``.
     """
     from engine.model import spec
     from engine.model.gpt import GPT
@@ -38,7 +38,7 @@ def model(cfg: Config, groups: Groups, vocab_size: int) -> list[Any]:
         chunk = GPT(
             config=settings,
             transformer_layer_spec=spec.build(settings, m.backend, vp_stage),
-            vocab_size=model_config.padded_vocab_size(vocab_size, m.vocab_multiple, cfg.parallel.tensor),
+            vocab_size=padded_vocab_size(m, vocab_size, cfg.parallel.tensor),
             max_sequence_length=m.seq_length,
             pre_process=first,
             post_process=last,

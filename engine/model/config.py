@@ -44,12 +44,6 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:
-    """``vocab_size`` rounded up to a multiple of ``multiple * tensor``, so that every tensor rank has equal rows."""
-    step = multiple * tensor
-    return (vocab_size + step - 1) // step * step
-
-
 def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
@@ -81,7 +75,7 @@ def _recompute_settings(mode: str) -> dict:
 
 
 def build(cfg: Config, vocab_size: int, dtype: torch.dtype) -> ModelSettings:
-    """Megatron's configuration for ``cfg``. ``vocab_size`` is the tokenizer's; ``dtype`` that of the parameters."""
+    """Megatron's configuration for ``cfg``. ``vocab_size``: see ``vocabulary``; ``dtype`` that of the parameters."""
     m = cfg.model
     head_dim = m.head_dim or m.hidden_size // m.num_attention_heads
     return ModelSettings(
@@ -122,4 +116,6 @@ def build(cfg: Config, vocab_size: int, dtype: torch.dtype) -> ModelSettings:
         rotary_dim=int(head_dim * m.rotary_percent) // 2 * 2,
         **_parallel_settings(cfg, dtype),
         **_recompute_settings(cfg.train.recompute),
+        # Transformer Engine's (the configuration asks for its backend): e4m3 forward, e5m2 gradients, delayed scaling.
+        **({"fp8": "hybrid", "fp8_recipe": "delayed"} if cfg.train.fp8 else {}),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import (
@@ -10,6 +12,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from engine.losses.next_token import next_token_loss
+from engine.model.config import ModelSettings
 
 
 class GPT(GPTModel):
@@ -19,11 +22,14 @@ class GPT(GPTModel):
     [loss sum, correctly predicted tokens]; without labels the logits [b, s, v]; elsewhere the hidden states [s, b, h].
     """
 
-    def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, loss_mask=None, **kwargs):
+    config: ModelSettings
+    output_layer: Any
+
+    def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, loss_mask: Any = None, **kwargs):
         if not self.post_process or labels is None:
             return super()._postprocess(hidden_states, input_ids, position_ids, labels, *args, **kwargs)
         tied = self.share_embeddings_and_output_weights
-        weight_vh = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        weight_vh: Any = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_sbh = gather_from_sequence_parallel_region(hidden_states, group=tp_group)

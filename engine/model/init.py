@@ -22,7 +22,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _tensor_slice(full: torch.Tensor, param: torch.nn.Parameter, tp_rank: int, tp_size: int) -> torch.Tensor:
+def _tensor_slice(full: torch.Tensor, param: Any, tp_rank: int, tp_size: int) -> torch.Tensor:
     """This tensor rank's part: along ``partition_dim``, in ``partition_stride`` interleaved blocks (gate, up)."""
     if tp_size == 1 or not getattr(param, "tensor_model_parallel", False):
         return full
@@ -31,7 +31,7 @@ def _tensor_slice(full: torch.Tensor, param: torch.nn.Parameter, tp_rank: int, t
     return torch.cat([block.chunk(tp_size, dim=dim)[tp_rank] for block in blocks], dim=dim)
 
 
-def _global_names(chunk: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def _global_names(chunk: Any) -> dict[str, Any]:
     """Parameters by their name in the unsplit model: layer numbers count from the first pipeline stage."""
     offset = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
 
@@ -44,7 +44,7 @@ def _global_names(chunk: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def _std(name: str, settings: ModelSettings) -> float:
     """Projections into the residual stream are scaled by 1/√(2·layers) (GPT-2, Megatron's scaled_init_method)."""
     into_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-    return settings.init_method_std / math.sqrt(2.0 * settings.num_layers) if into_residual else settings.init_method_std
+    return settings.init_method_std / (math.sqrt(2.0 * settings.num_layers) if into_residual else 1.0)
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ s sequence, b batch, h hidden, f feed-forward width; every width is this tensor 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
@@ -28,9 +30,10 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.impl = config.kernel_impl
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        weight: Any = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Under sequence parallelism each rank sees a part of the tokens: Megatron sums marked gradients over ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight.sequence_parallel = config.sequence_parallel
+        self.weight = weight
 
     def forward(self, x_sbh: torch.Tensor) -> torch.Tensor:
         return rms_norm(x_sbh, self.weight, eps=self.eps, impl=self.impl)
@@ -38,6 +41,8 @@ class RMSNorm(torch.nn.Module):
 
 class SwiGLU(MegatronModule):
     """silu(gate) * up of [gate | up] in the last dimension. A MegatronModule so that checkpoints can walk it."""
+
+    config: ModelSettings
 
     def forward(self, x_sb2f: torch.Tensor) -> torch.Tensor:
         return swiglu(x_sb2f, impl=self.config.kernel_impl)

@@ -7,6 +7,7 @@ Backends by name: ``engine`` (default: fused kernels), ``reference`` (the same m
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -57,13 +58,16 @@ class EngineSpecProvider(BackendSpecProvider):
 
 def _engine_layer(settings: ModelSettings) -> ModuleSpec:
     backend = EngineSpecProvider()
-    norm = backend.layer_norm()
+    # Megatron annotates these slots as modules; a class, a function and None are what it takes as well.
+    norm: Any = backend.layer_norm()
+    qk_norm: Any = norm if settings.qk_layernorm else None
+    add: Any = residual_add
     attention = SelfAttentionSubmodules(
         linear_qkv=backend.column_parallel_linear(),
         core_attention=backend.core_attention(),
         linear_proj=backend.row_parallel_linear(),
-        q_layernorm=norm if settings.qk_layernorm else None,
-        k_layernorm=norm if settings.qk_layernorm else None,
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -71,11 +75,11 @@ def _engine_layer(settings: ModelSettings) -> ModuleSpec:
             input_layernorm=norm,
             self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal},
                                       submodules=attention),
-            self_attn_bda=residual_add,
+            self_attn_bda=add,
             pre_mlp_layernorm=norm,
             mlp=get_mlp_module_spec_for_backend(backend, num_experts=settings.num_moe_experts,
                                                 use_te_activation_func=True),
-            mlp_bda=residual_add,
+            mlp_bda=add,
             # The names that Transformer Engine's fused modules give these weights: checkpoints fit either backend.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -85,7 +89,7 @@ def _engine_layer(settings: ModelSettings) -> ModuleSpec:
     )
 
 
-def build(settings: ModelSettings, backend: str, vp_stage: int | None = None):
+def build(settings: ModelSettings, backend: str, vp_stage: int | None = None) -> Any:
     """The specification of this pipeline stage's layers for ``backend``.
 
     Raises ``UserError`` for ``te`` where Transformer Engine is not installed.
@@ -96,4 +100,5 @@ def build(settings: ModelSettings, backend: str, vp_stage: int | None = None):
                             fix="Use backend engine, or pip install 'mainspring[te]' on a machine with a GPU")
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=settings.qk_layernorm)
     layers = [_engine_layer(settings)] * get_num_layers_to_build(settings, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    norm: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

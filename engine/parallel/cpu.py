@@ -16,6 +16,7 @@ import contextlib
 import functools
 import sys
 import types
+from typing import Any
 
 import megatron.core
 import torch
@@ -107,7 +108,7 @@ def _clip_grad_by_total_norm(parameters, max_norm, total_norm, use_decoupled_gra
     grads = [p.grad.detach() for p in parameters if p.grad is not None]
     coefficient = max_norm / (total_norm + 1.0e-6)
     if coefficient < 1.0 and grads:
-        torch._foreach_mul_(grads, coefficient)
+        torch._foreach_mul_(grads, coefficient)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor, *args):
@@ -126,7 +127,8 @@ def _patch_functions() -> None:
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     clip_grads.l2_norm_impl = _l2_norm
-    for module in (clip_grads, optimizer):
+    clipping: tuple[Any, ...] = (clip_grads, optimizer)
+    for module in clipping:
         module.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm
     if not hasattr(moe_utils, "te_general_gemm"):  # a NameError there when Transformer Engine is absent
         moe_utils.te_general_gemm = None
@@ -135,7 +137,8 @@ def _patch_functions() -> None:
         # Megatron's version converts CUDA tensors only, and the all-to-all dispatcher then lacks its numpy splits.
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    for module in (moe_utils, token_dispatcher):
+    dispatching: tuple[Any, ...] = (moe_utils, token_dispatcher)
+    for module in dispatching:
         if hasattr(module, "maybe_move_tensor_to_cpu"):
             module.maybe_move_tensor_to_cpu = to_numpy
 
@@ -157,7 +160,8 @@ def install() -> None:
         _patch_functions()
         torch.Tensor.cuda = lambda self, *args, **kwargs: self
         torch.nn.Module.cuda = lambda self, *args, **kwargs: self
-    for name, module in list(sys.modules.items()):
+    imported: list[tuple[str, Any]] = list(sys.modules.items())
+    for name, module in imported:
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = _view
 
@@ -178,7 +182,7 @@ def cuda_type_names():
             return original(self, *args, **kwargs)
         return original(self).replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.type = named
+    torch.Tensor.type = named  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +82,8 @@ def init_process_group(device: torch.device, timeout_minutes: float) -> None:
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
 def world_size() -> int:
@@ -122,6 +125,19 @@ def build(cfg: Config) -> Groups:
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Groups(dist.get_rank(), dist.get_world_size(), device, ProcessGroupCollection.use_mpu_process_groups())
+
+
+@contextlib.contextmanager
+def groups(cfg: Config) -> Iterator[Groups]:
+    """``build``, with ``shutdown`` behind it; after an error only where it would not wait for ranks that are gone."""
+    built = build(cfg)
+    try:
+        yield built
+    except BaseException:
+        if built.world_size == 1:
+            shutdown()
+        raise
+    shutdown()
 
 
 def shutdown() -> None:

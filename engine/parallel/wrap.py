@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 
@@ -42,7 +41,17 @@ def apply(chunks: list[Any], cfg: Config, groups: Groups) -> list[DistributedDat
     return wrapped
 
 
-def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+def gather_parameters(chunks: list[Any]) -> None:
+    """Completes the weights of the last update on every rank, before they are read other than by a forward pass.
+
+    With ``overlap_param_gather`` each rank has updated its share only and fetches the others' in the next forward pass.
+    """
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
+def unwrap(module: Any) -> Any:
     """The bare model inside the wrappers; checkpoints hold its names."""
     while isinstance(module, (DistributedDataParallel, Float16Module)):
         module = module.module

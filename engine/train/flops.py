@@ -21,6 +21,7 @@ def flops_per_token(model: ModelConfig, seq_length: int, padded_vocab: int) -> f
     """Training FLOPs (forward and backward) a token at ``seq_length``."""
     h, d = model.hidden_size, model.head_dim or model.hidden_size // model.num_attention_heads
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    assert model.ffn_hidden_size is not None  # the configuration resolves it
     projections = h * d * (heads + 2 * groups) + heads * d * h + 3 * h * model.ffn_hidden_size
     attention = heads * d * seq_length  # q·k and p·v, each 2·s·d a head and token, half of it masked
     per_token = model.num_layers * (2 * projections + 2 * attention) + 2 * h * padded_vocab
@@ -33,7 +34,7 @@ def _measured_cpu_peak(dtype: torch.dtype) -> float:
 
     a, b = torch.randn(1024, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
     best = float("inf")
-    for _ in range(6):
+    for _ in range(20):
         start = time.perf_counter()
         matmul_nt(a, b)
         best = min(best, time.perf_counter() - start)

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from engine.config import Config
+from engine.config import Config, padded_vocab_size
 from engine.errors import UserError
-from engine.model.config import padded_vocab_size
 from engine.parallel.topology import Groups
 from engine.train import flops, step
 from engine.train.metrics import MetricLogger, perplexity
@@ -93,14 +92,14 @@ def run(
     evaluate: Callable[[], dict] | None,
     on_first_step: Callable[[], None] = lambda: None,
 ) -> TrainState:
-    """Trains from ``state`` to ``train.max_steps``. Metrics, evaluation and checkpoints at their intervals and at the end.
+    """Trains from ``state`` to ``train.max_steps``. Metrics, evaluation, checkpoints at their intervals and at the end.
 
     ``evaluate`` returns {"loss", "perplexity", "accuracy"} on held-out data, or is None where there is none. A row is
     logged before the checkpoint of its step is saved, so that a resumed run neither lacks nor repeats it.
     Raises ``UserError`` on every rank when loss or gradients are not finite; no weight was changed by that step.
     """
     step.prepare(chunks, cfg, groups)
-    padded = padded_vocab_size(vocab_size, cfg.model.vocab_multiple, cfg.parallel.tensor)
+    padded = padded_vocab_size(cfg.model, vocab_size, cfg.parallel.tensor)
     peak = flops.peak_flops(groups.device, chunks[0].config.params_dtype)
     speed = _Throughput(cfg, groups, padded, peak)
     gc.collect()
@@ -115,8 +114,8 @@ def run(
             raise UserError(f"{error} at step {state.step + 1}", where="train",
                             fix="Nothing was updated; resume from the last checkpoint with a lower train.lr") from error
         if state.micro_batch_size != micro_before:
-            logger.message(f"out of memory at step {state.step}: micro-batches of {state.micro_batch_size} from here on, "
-                           f"the global batch and the loss are the same")
+            logger.message(f"out of memory at step {state.step}: micro-batches of {state.micro_batch_size} from here "
+                           "on, the global batch and the loss are the same")
         speed.add(result, time.perf_counter() - start)
         if state.step == first + 1:
             on_first_step()

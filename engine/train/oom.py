@@ -1,9 +1,9 @@
 """Recovery from running out of memory: a smaller micro-batch, more accumulation, the same global batch and loss.
 
 Ranks must agree before any of them reduces gradients: one that failed would leave the others waiting in a collective.
-So the first collective of a step is a vote, cast by the ranks that finished their backward passes on entering Megatron's
-finalisation, and by a rank that failed where it failed. Only data-parallel layouts can do this (the configuration
-refuses others): inside tensor or pipeline groups a failing rank misses collectives of the forward pass itself.
+So the first collective of a step is a vote, cast by the ranks that finished their backward passes when they enter
+Megatron's finalisation, and by a rank that failed where it failed. Only data-parallel layouts can do this (the
+configuration refuses others): inside tensor or pipeline groups a failing rank misses collectives of the forward pass.
 """
 
 from __future__ import annotations

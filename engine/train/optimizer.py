@@ -49,7 +49,7 @@ class AdamW(torch.optim.Optimizer):
                 continue
             states = [self._state(p) for p in params]
             step = torch.tensor(float(group["step"]), device=params[0].device)
-            torch._fused_adamw_(
+            torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
                 params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
                 [], [step] * len(params), lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1],
                 weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False)
@@ -94,7 +94,7 @@ class NonFiniteError(FloatingPointError):
     """The gradients hold NaN or infinity; every rank raises it, and no weight was changed."""
 
 
-def step(optimizer: MegatronOptimizer) -> tuple[bool, float]:
+def step(optimizer: Any) -> tuple[bool, float]:
     """Clips and steps. -> (stepped, global gradient norm before clipping).
 
     With loss scaling, an overflow skips the step on all ranks and lowers the scale. Without, non-finite gradients

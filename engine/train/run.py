@@ -31,11 +31,14 @@ def tokenizer_folder(cfg: Config) -> Path:
     hashes = {}
     for path in paths:
         manifest = Path(path) / "manifest.json"
+        if not manifest.exists():
+            problem = "is not a prepared directory (no manifest.json)" if Path(path).is_dir() else "no such folder"
+            raise UserError(problem, where=str(path), fix="Give a folder that `mainspring prepare` wrote")
         try:
             hashes[path] = json.loads(manifest.read_text(encoding="utf-8"))["tokenizer_sha256"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"is not the manifest of a prepared directory ({error})", where=str(manifest),
-                            fix="Give a folder that `mainspring prepare` wrote") from error
+                            fix="Prepare the data again with `mainspring prepare`") from error
     if len(set(hashes.values())) > 1:
         other = next(p for p in paths if hashes[p] != hashes[paths[0]])
         raise UserError(f"was tokenized by another tokenizer than {paths[0]}", where=str(other),
@@ -70,5 +73,6 @@ def report_start(logger: MetricLogger, cfg: Config, groups: Groups, chunks, resu
     layout = f"TP{p.tensor} PP{p.pipeline} CP{p.context} EP{p.expert} DP{groups.data_parallel_size}"
     device = torch.cuda.get_device_name(groups.device) if groups.device.type == "cuda" else groups.device.type
     start = f"resuming {resumed_from}" if resumed_from else "starting"
-    logger.message(f"{start}: {parameter_count(chunks) / 1e6:.2f}M parameters on this rank, {layout}, {dtype} on {device}, "
-                   f"backend {cfg.model.backend}, {cfg.train.max_steps} steps -> {cfg.output_dir}")
+    size = f"{parameter_count(chunks) / 1e6:.2f}M parameters on this rank"
+    logger.message(f"{start}: {size}, {layout}, {dtype} on {device}, backend {cfg.model.backend}, "
+                   f"{cfg.train.max_steps} steps -> {cfg.output_dir}")

@@ -20,12 +20,8 @@ def learning_rate(train: TrainConfig, step: int) -> float:
         return train.lr * (step + 1) / train.warmup_steps
     if train.schedule == "constant":
         return train.lr
-    if train.schedule == "wsd":
-        length = train.decay_steps if train.decay_steps is not None else max(1, train.max_steps // 10)
-        start = train.max_steps - length
-    else:
-        length = max(1, (train.decay_steps or train.max_steps - train.warmup_steps))
-        start = train.warmup_steps
+    length = max(1, train.decay_length())
+    start = train.max_steps - length if train.schedule == "wsd" else train.warmup_steps
     done = min(max(step - start, 0) / length, 1.0)
     remaining = 0.5 * (1.0 + math.cos(math.pi * done)) if train.schedule == "cosine" else 1.0 - done
     return train.min_lr + (train.lr - train.min_lr) * remaining
@@ -33,23 +29,12 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 def global_batch_size(train: TrainConfig, step: int) -> int:
     """Sequences in the global batch of ``step``: constant, doubling every ``every_steps``, or a ramp."""
-    schedule = train.batch_size_schedule
-    if schedule is None:
-        return train.global_batch_size
-    stage = step // schedule.every_steps
-    if schedule.kind == "doubling":
-        # Past 62 doublings any start exceeds any batch; the bound keeps the shift small.
-        return min(train.global_batch_size, schedule.start << min(stage, 62))
-    return min(train.global_batch_size, schedule.start + schedule.increment * stage)
+    return train.batch_size_at(step)
 
 
 def seq_length(train: TrainConfig, full_length: int, step: int) -> int:
     """Tokens a sequence at ``step``: the curriculum's entry with the largest ``step`` reached, else the full length."""
-    length = full_length
-    for entry in train.seq_length_schedule:
-        if step >= entry.step:
-            length = entry.seq_length
-    return length
+    return train.seq_length_at(step, full_length)
 
 
 def tokens_before(train: TrainConfig, full_length: int, step: int) -> int:

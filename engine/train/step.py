@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +45,13 @@ def run(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: 
     """Trains on the global batch at ``state``'s position and advances ``state``.
 
     Out of memory with ``train.enable_oom_recovery``, the same batch is read again in smaller micro-batches, on which
-    ``state`` stays. Raises ``NonFiniteError`` on every rank, weights unchanged, when the gradients are not finite.
+    ``state`` stays. Raises ``NonFiniteError`` on every rank, weights unchanged, when the loss or the gradients are not finite.
     """
     lr = schedules.learning_rate(cfg.train, state.step)
     for group in optimizer.param_groups:
         group["lr"] = lr
+        # Megatron leaves this to its own scheduler: wd_mult is 0 for vectors.
+        group["weight_decay"] = cfg.train.weight_decay * group.get("wd_mult", 1.0)
     length = schedules.seq_length(cfg.train, cfg.model.seq_length, state.step)
     batch_size = schedules.global_batch_size(cfg.train, state.step)
     while True:
@@ -61,6 +64,8 @@ def run(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: 
                 raise
             oom.recover(error, groups)
         state.micro_batch_size = oom.smaller_micro_batch(micro, batch_size, groups.data_parallel_size)
+    if not math.isfinite(sums.loss_sum) and chunks[0].config.grad_scale_func is None:
+        raise optim.NonFiniteError(f"loss is {sums.loss_sum}")  # gradients can be finite where a loss is not
     stepped, grad_norm = optim.step(optimizer)
     state.step += 1
     state.consumed_tokens += batch_size * length

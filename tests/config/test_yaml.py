@@ -159,8 +159,9 @@ def test_an_expanding_file_is_stopped(tmp_path):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    assert refusal(tmp_path / "none.yaml") == f"{tmp_path}/none.yaml: cannot read the file: No such file or directory"
-    assert refusal(tmp_path) == f"{tmp_path}: cannot read the file: Is a directory"
+    missing = tmp_path / "none.yaml"
+    assert refusal(missing) == f"{missing}: cannot read the file: No such file or directory. Check its name"
+    assert refusal(tmp_path) == f"{tmp_path}: cannot read the file: Is a directory. Check its name"
     with pytest.raises(UserError, match="not the name of a file"):
         load_yaml("a\0b")
 

