@@ -27,7 +27,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/mainspring prepare --input $(STDLIB) --exclude site-packages --exclude dist-packages --output $(DEMO)/data --vocab_size 4096
+	$(BIN)/mainspring prepare --input $(STDLIB) --exclude site-packages --exclude dist-packages --output $(DEMO)/data --vocab_size 4096 --validation_fraction 0.02
 	$(BIN)/python engine/pretrain.py --config configs/pretrain/demo_cpu.yaml --data.path $(DEMO)/data --output_dir $(DEMO)/run
 	$(BIN)/mainspring report --run $(DEMO)/run
 

@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import harness
+from engine.runtime import keep_freed_memory
 from engine_kernels.attention import causal_attention
 from engine_kernels.cross_entropy import cross_entropy
 from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
 from engine_kernels.rms_norm import rms_norm
 from engine_kernels.rotary import split_qkv_rotary
 from engine_kernels.swiglu import swiglu
-from torch import Tensor
-
-from benchmarks import harness
-from engine.runtime import keep_freed_memory
 
 # The model of issue 2's profile: batch 8 x sequence 512, 4 query heads over 2 groups.
 S, B, D, FFN, V, H, G, HEAD = 512, 8, 256, 704, 8192, 4, 2, 64

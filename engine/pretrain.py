@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def run(cfg: Config) -> TrainState:
     from engine.model import build
     from engine.parallel import topology, wrap
     from engine.train import loop, optimizer
-    from engine.train.run import check_tokenizer, logger_for, report_start, tokenizer_folder
+    from engine.train.run import check_tokenizer, logger_for, report_first_step, report_start, tokenizer_folder
     from engine.train.state import TrainState
 
     folder = tokenizer_folder(cfg)
@@ -53,15 +54,17 @@ def run(cfg: Config) -> TrainState:
             if (found := checkpoints.find_resume()) is not None:
                 state = TrainState.from_dict(checkpoints.load(found, chunks, update))
             with logger_for(cfg, groups, state) as logger:
-                report_start(logger, cfg, groups, chunks, resumed_from=found)
+                report_start(logger, cfg, groups, chunks, resumed_from=found, held_out_tokens=held_out.num_tokens)
                 limit = cfg.evaluation.eval_batches
+                validate = partial(
+                    evaluate, chunks, held_out, groups, micro_batch_size=cfg.train.micro_batch_size,
+                    seq_length=cfg.model.seq_length,
+                    max_sequences=None if limit is None else limit * cfg.train.global_batch_size)
                 return loop.run(
                     cfg, chunks, update, data, groups, state=state, logger=logger, vocab_size=vocab_size,
                     save=lambda s: checkpoints.save(chunks, update, s.to_dict()),
-                    evaluate=lambda: evaluate(
-                        chunks, held_out, groups, micro_batch_size=cfg.train.micro_batch_size,
-                        seq_length=cfg.model.seq_length,
-                        max_sequences=None if limit is None else limit * cfg.train.global_batch_size),
+                    evaluate=validate if held_out.num_tokens >= 2 else None,
+                    on_first_step=lambda: report_first_step(logger),
                 )
 
 

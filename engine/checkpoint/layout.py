@@ -9,8 +9,9 @@
             config.yaml  tokenizer/             what evaluate and generate need besides weights
             manifest.json                       SHA-256 of every file above
 
-A save writes ``iter_N.tmp/``, flushes and hashes it, renames it, and only then moves the pointer. A kill at any moment
-leaves the previous checkpoint and pointer as they were, and at most a ``.tmp`` folder that the next save removes.
+A save writes ``iter_N.tmp/``, flushes and hashes it, writes the new pointer beside the old one, renames the folder, and
+only then the pointer. A kill at any moment leaves the previous checkpoint and pointer as they were, and at most a
+``.tmp`` folder that the next save removes; between the two renames, the waiting pointer names the finished checkpoint.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from engine.errors import UserError
 
 POINTER = "latest_checkpointed_iteration.txt"
+_WAITING = POINTER + ".tmp"
 _NAME = re.compile(r"iter_(\d{7,})$")
 _BUFFER = 8 << 20
 
@@ -52,6 +54,15 @@ def existing(checkpoints: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def _named(pointer: Path) -> Path | None:
+    """The folder that a pointer file names, None when it is missing or names none."""
+    if not pointer.is_file():
+        return None
+    text = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    is_step = text.isascii() and text.isdigit() and len(text) < 20
+    return folder(pointer.parent, int(text)) if is_step else None
+
+
 def latest(checkpoints: Path) -> Path | None:
     """The checkpoint that the pointer names; None when there is none at all.
 
@@ -59,16 +70,17 @@ def latest(checkpoints: Path) -> Path | None:
     are others: starting again from step 0 in silence would be worse.
     """
     pointer, found = checkpoints / POINTER, existing(checkpoints)
+    if found and found[-1] == _named(checkpoints / _WAITING):
+        return found[-1]  # the save was killed between its two renames
+    fix = (f"Continue from the newest with --resume_from_checkpoint {found[-1]}" if found
+           else "Start afresh with --resume_from_checkpoint none, or in another --output_dir")
     if not pointer.exists():
-        if not found:
+        if not any(checkpoints.glob("iter_*[0-9]")):
             return None
-        raise UserError("the pointer file is missing, but there are checkpoints", where=str(pointer),
-                        fix=f"Continue from the newest with --resume_from_checkpoint {found[-1]}")
-    text = pointer.read_text(encoding="utf-8", errors="replace").strip()
-    named = folder(checkpoints, int(text)) if text.isascii() and text.isdigit() else None
+        raise UserError("the pointer file is missing, but there are checkpoints", where=str(pointer), fix=fix)
+    named = _named(pointer)
     if named not in found:
-        fix = (f"Continue from the newest with --resume_from_checkpoint {found[-1]}" if found
-               else "Start afresh with --resume_from_checkpoint none")
+        text = pointer.read_text(encoding="utf-8", errors="replace").strip()
         raise UserError(f"holds {text[:40]!r}, which names no finished checkpoint", where=str(pointer), fix=fix)
     return named
 
@@ -109,30 +121,37 @@ def fsync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a small file in one step: readers see the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
+    """Writes a small file to the disk."""
+    with path.open("w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
-    temporary.replace(path)
-    fsync(path.parent)
 
 
 def publish(temporary: Path, final: Path, hashes: dict[str, str]) -> None:
     """Turns a fully written temporary folder into a checkpoint, then moves the pointer to it."""
-    write_text(temporary / "manifest.json", json.dumps({"version": 1, "files": hashes}, indent=1, sort_keys=True))
+    write_text(temporary / "manifest.json", _manifest(hashes))
+    waiting = final.parent / _WAITING
+    write_text(waiting, f"{step_of(final)}\n")  # a full disk is met here, before anything has its name
     for directory in {temporary, *(p for p in temporary.rglob("*") if p.is_dir())}:
         fsync(directory)
     temporary.rename(final)
     fsync(final.parent)
-    write_text(final.parent / POINTER, f"{step_of(final)}\n")
+    waiting.replace(final.parent / POINTER)
+    fsync(final.parent)
+
+
+def _manifest(hashes: dict[str, str]) -> str:
+    return json.dumps({"version": 1, "files": hashes}, indent=1, sort_keys=True)
 
 
 def verify(checkpoint: Path) -> None:
     """Checks every file against the manifest. Raises ``UserError`` naming the first damaged, missing or added one."""
     try:
-        files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
+        text = (checkpoint / "manifest.json").read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        if _manifest(files) != text:
+            raise ValueError("not as it was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot be read ({error})", where=str(checkpoint / "manifest.json"),
                         fix="Use another checkpoint") from error

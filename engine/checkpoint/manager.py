@@ -75,6 +75,13 @@ def _check_model(path: Path, cfg: Config) -> None:
                         fix="Set these as they were, or choose another --output_dir for the new model")
 
 
+def _optimizer_kind(cfg: Config, chunks) -> dict:
+    """What the form of Megatron's optimizer state depends on, by the configuration's names."""
+    dtype = str(chunks[0].config.params_dtype).removeprefix("torch.")
+    precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+    return {"train.precision": precision, "parallel.distributed_optimizer": cfg.parallel.distributed_optimizer}
+
+
 class Checkpointer:
     """Saves into and resumes from ``<output_dir>/checkpoints``. Every method is collective over all ranks."""
 
@@ -102,7 +109,7 @@ class Checkpointer:
         what = f"saving {final}"
         _agree(self.groups, begin, what)
         _agree(self.groups, lambda: sharded.save(temporary / "sharded", chunks, optimizer, self.groups), what)
-        _agree(self.groups, lambda: self._save_rest(temporary, state), what)
+        _agree(self.groups, lambda: self._save_rest(temporary, state, _optimizer_kind(self.cfg, chunks)), what)
         hashes = _agree(self.groups, lambda: {str(p.relative_to(temporary)): _flush_and_hash(p)
                                               for p in _own_files(temporary, self.groups.rank)}, what)
 
@@ -115,16 +122,23 @@ class Checkpointer:
         _agree(self.groups, end, what)
         return final
 
-    def _save_rest(self, temporary: Path, state: dict) -> None:
+    def _save_rest(self, temporary: Path, state: dict, optimizer_kind: dict) -> None:
         rng.save(temporary, self.groups.rank)
         if not self.groups.is_main:
             return
-        parallel = self.cfg.parallel.model_dump() | {"world_size": self.groups.world_size}
-        record = {"version": 1, "train": state, "parallel": parallel, **self.identity}
+        record = {"version": 1, "train": state, "parallel": self._layout(), "optimizer": optimizer_kind,
+                  **self.identity}
         layout.write_text(temporary / "state.json", json.dumps(record, indent=1))
         layout.write_text(temporary / "config.yaml", dump_yaml(self.cfg))
         if self.tokenizer is not None:
             shutil.copytree(self.tokenizer, temporary / "tokenizer")
+
+    def _layout(self) -> dict:
+        """What decides which rank draws which random numbers."""
+        p = self.cfg.parallel
+        return {"world_size": self.groups.world_size, "tensor": p.tensor, "pipeline": p.pipeline,
+                "virtual_pipeline": p.virtual_pipeline, "context": p.context, "expert": p.expert,
+                "expert_tensor": p.expert_tensor or p.tensor, "sequence_parallel": p.sequence_parallel}
 
     def find_resume(self) -> Path | None:
         """The checkpoint that ``resume_from_checkpoint`` means, None for a fresh start.
@@ -145,7 +159,12 @@ class Checkpointer:
                 raise UserError("holds checkpoints of an earlier run, which a fresh one would mix with its own",
                                 where=str(self.checkpoints), fix="Choose another --output_dir, or resume")
             return None
-        return layout.latest(self.checkpoints) if wanted == "auto" else layout.find(wanted)
+        found = layout.latest(self.checkpoints) if wanted == "auto" else layout.find(wanted)
+        newer = [p for p in layout.existing(self.checkpoints) if found and layout.step_of(p) > layout.step_of(found)]
+        if newer:  # the run would come to a step that exists, and its save be refused after the work is done
+            raise UserError(f"is newer than {found}, from which the run would go on", where=str(newer[-1]),
+                            fix="Resume from the newest, or move the newer ones away")
+        return found
 
     def load(self, path: Path, chunks, optimizer) -> dict:
         """Restores weights, optimizer and random state from ``path``. -> the saved train state.
@@ -161,9 +180,12 @@ class Checkpointer:
                 raise UserError(f"is a checkpoint of another vocabulary: {name} {record[name]} (here {value})",
                                 where=str(path), fix="Use data that was prepared with its tokenizer, "
                                 f"{path / 'tokenizer'}, or choose another --output_dir for the new model")
+        for name, value in _optimizer_kind(self.cfg, chunks).items():
+            if record["optimizer"][name] != value:
+                raise UserError(f"was saved with {name} {record['optimizer'][name]} (here {value}), and Megatron keeps "
+                                "the optimizer's state differently", where=str(path), fix="Set it as it was")
         sharded.load(path / "sharded", chunks, optimizer, self.groups)
-        same_layout = record["parallel"] == self.cfg.parallel.model_dump() | {"world_size": self.groups.world_size}
-        if same_layout:
+        if all(record["parallel"].get(name) == size for name, size in self._layout().items()):
             rng.load(path, self.groups.rank)
         return record["train"]
 

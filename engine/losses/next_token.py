@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+
 from engine_kernels.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from engine_kernels.attention import causal_attention
-from engine_kernels.rotary import rotary_reference, split_qkv_rotary
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
 from megatron.core.transformer.module import MegatronModule
+
+from engine_kernels.attention import causal_attention
+from engine_kernels.rotary import rotary_reference, split_qkv_rotary
 
 
 @functools.lru_cache(maxsize=64)

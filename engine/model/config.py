@@ -74,6 +74,11 @@ def _recompute_settings(mode: str) -> dict:
     return {}
 
 
+def _fp8_settings(wanted: bool) -> dict:
+    """Transformer Engine's (the configuration asks for its backend): e4m3 forward, e5m2 gradients, delayed scaling."""
+    return {"fp8": "hybrid", "fp8_recipe": "delayed"} if wanted else {}
+
+
 def build(cfg: Config, vocab_size: int, dtype: torch.dtype) -> ModelSettings:
     """Megatron's configuration for ``cfg``. ``vocab_size``: see ``vocabulary``; ``dtype`` that of the parameters."""
     m = cfg.model
@@ -116,6 +121,5 @@ def build(cfg: Config, vocab_size: int, dtype: torch.dtype) -> ModelSettings:
         rotary_dim=int(head_dim * m.rotary_percent) // 2 * 2,
         **_parallel_settings(cfg, dtype),
         **_recompute_settings(cfg.train.recompute),
-        # Transformer Engine's (the configuration asks for its backend): e4m3 forward, e5m2 gradients, delayed scaling.
-        **({"fp8": "hybrid", "fp8_recipe": "delayed"} if cfg.train.fp8 else {}),
+        **_fp8_settings(cfg.train.fp8),
     )

@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
-from engine_kernels.rms_norm import rms_norm
-from engine_kernels.swiglu import swiglu
 from megatron.core.tensor_parallel import ColumnParallelLinear as MegatronColumnParallelLinear
 from megatron.core.tensor_parallel import RowParallelLinear as MegatronRowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -21,6 +18,9 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 
 from engine.model.config import ModelSettings
+from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
+from engine_kernels.rms_norm import rms_norm
+from engine_kernels.swiglu import swiglu
 
 
 class RMSNorm(torch.nn.Module):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
+import psutil
 import torch
 
 from engine.config import Config, dump_yaml
@@ -67,8 +69,9 @@ def logger_for(cfg: Config, groups: Groups, state: TrainState) -> MetricLogger:
                         is_main=groups.is_main, run_config=cfg.model_dump(mode="json"))
 
 
-def report_start(logger: MetricLogger, cfg: Config, groups: Groups, chunks, resumed_from: Path | None) -> None:
-    """One line that says what is about to run."""
+def report_start(logger: MetricLogger, cfg: Config, groups: Groups, chunks, *, resumed_from: Path | None,
+                 held_out_tokens: int) -> None:
+    """What is about to run, in one line; and in another if there is nothing to validate on."""
     p, dtype = cfg.parallel, str(chunks[0].config.params_dtype).removeprefix("torch.")
     layout = f"TP{p.tensor} PP{p.pipeline} CP{p.context} EP{p.expert} DP{groups.data_parallel_size}"
     device = torch.cuda.get_device_name(groups.device) if groups.device.type == "cuda" else groups.device.type
@@ -76,3 +79,11 @@ def report_start(logger: MetricLogger, cfg: Config, groups: Groups, chunks, resu
     size = f"{parameter_count(chunks) / 1e6:.2f}M parameters on this rank"
     logger.message(f"{start}: {size}, {layout}, {dtype} on {device}, backend {cfg.model.backend}, "
                    f"{cfg.train.max_steps} steps -> {cfg.output_dir}")
+    if held_out_tokens < 2:
+        logger.message("the data holds out no document (a corpus of one has none to spare): no validation, and the "
+                       "best checkpoint is not known")
+
+
+def report_first_step(logger: MetricLogger) -> None:
+    """How long a user waited for the first update, since the process was started."""
+    logger.message(f"first step done {time.time() - psutil.Process().create_time():.1f} s after the start")

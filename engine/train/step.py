@@ -45,7 +45,7 @@ def run(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: 
     """Trains on the global batch at ``state``'s position and advances ``state``.
 
     Out of memory with ``train.enable_oom_recovery``, the same batch is read again in smaller micro-batches, on which
-    ``state`` stays. Raises ``NonFiniteError`` on every rank, weights unchanged, when the loss or the gradients are not finite.
+    ``state`` stays. Raises ``NonFiniteError`` on every rank, weights unchanged, when loss or gradients are not finite.
     """
     lr = schedules.learning_rate(cfg.train, state.step)
     for group in optimizer.param_groups:

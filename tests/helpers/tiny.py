@@ -5,6 +5,7 @@ Imported by tests and by the workers they start (tests/conftest.py puts this fol
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -26,7 +27,7 @@ warnings.filterwarnings("ignore", module=r"megatron\.")
 
 VOCAB, SEQ = 300, 16
 HERE = Path(__file__).parent
-_WORDS = ("the", "spring", "stores", "what", "the", "hand", "gives", "and", "the", "train", "of", "wheels", "spends", "it")
+_WORDS = ("the", "spring", "stores", "what", "the", "hand", "gives", "and", "the", "train", "of", "wheels", "spends")
 
 
 def write_corpus(folder: Path) -> Path:
@@ -246,3 +247,60 @@ def assert_same_state(found: list[dict], expected: list[dict]) -> None:
                 assert torch.equal(value, other["moments"][key][name]), (key, name)
         for a, b in zip(one["weights"], other["weights"], strict=True):
             assert torch.equal(a, b)
+
+
+@contextlib.contextmanager
+def full_disk(monkeypatch, name: str):
+    """Within, opening a file of this name (with or without .tmp) for writing fails as on a full disk. -> those hit."""
+    import builtins
+    import errno
+    import io
+    import shutil
+
+    hit: list[str] = []
+
+    def check(file, mode: str) -> None:
+        if not isinstance(file, (str, os.PathLike)):
+            return
+        if set(mode) & set("wax+") and Path(os.fspath(file)).name in (name, f"{name}.tmp"):
+            hit.append(str(file))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    def failing_open(file, mode="r", *args, **kwargs):
+        check(file, mode)
+        return original(file, mode, *args, **kwargs)
+
+    def failing_save(data, path, *args, **kwargs):
+        check(path, "w")  # torch.save opens in C++, and reports RuntimeError
+        return save(data, path, *args, **kwargs)
+
+    def failing_copy(source, target, *args, **kwargs):
+        check(target, "w")
+        return copy_file(source, target, *args, **kwargs)
+
+    original, save, copy_file = io.open, torch.save, shutil.copy2
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", failing_open)
+        patch.setattr(io, "open", failing_open)
+        from megatron.core.dist_checkpointing.strategies import common
+
+        patch.setattr(common.torch, "save", _as_torch_fails(failing_save))  # Megatron's view of torch, on a CPU
+        patch.setattr(shutil, "copytree", _copying_with(failing_copy, shutil.copytree))
+        yield hit
+
+
+def _as_torch_fails(save):
+    def failing(*args, **kwargs):
+        try:
+            return save(*args, **kwargs)
+        except OSError as error:
+            raise RuntimeError(f"[enforce fail at inline_container.cc:672] . {error}") from None
+
+    return failing
+
+
+def _copying_with(copy_function, copytree):
+    def failing(source, target, **kwargs):
+        return copytree(source, target, copy_function=copy_function, **kwargs)
+
+    return failing

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from engine_kernels import _cpu, dispatch
 from torch import Tensor
+
+from engine_kernels import _cpu, dispatch
 
 BEST = _cpu.instruction_set()
 RUNNABLE = [name for name in ("avx512_bf16", "avx512", "avx2", "plain") if _cpu.use_instruction_set(name)]

@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from engine_kernels.attention import causal_attention, causal_attention_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from engine_kernels.attention import causal_attention, causal_attention_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 WORST = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # relative, in the 2-norm; bf16 also rounds the probabilities

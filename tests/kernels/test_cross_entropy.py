@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_kernels.cross_entropy import cross_entropy, cross_entropy_grad_, cross_entropy_stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from engine_kernels.cross_entropy import cross_entropy, cross_entropy_grad_, cross_entropy_stats
 
 DTYPES = [torch.float32, torch.bfloat16]
 INF = float("inf")

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+
 from engine_kernels import _cpu, dispatch
 
 

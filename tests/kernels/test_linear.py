@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_kernels import linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from engine_kernels import linear
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 

@@ -7,9 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from engine_kernels.rms_norm import rms_norm, rms_norm_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from engine_kernels.rms_norm import rms_norm, rms_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 

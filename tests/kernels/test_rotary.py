@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_kernels.rotary import rotary_reference, split_qkv_rotary, split_qkv_rotary_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from engine_kernels.rotary import rotary_reference, split_qkv_rotary, split_qkv_rotary_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from engine_kernels.swiglu import swiglu, swiglu_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from engine_kernels.swiglu import swiglu, swiglu_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 kernel = partial(swiglu, impl="cpu")

@@ -131,7 +131,8 @@ def test_without_gradients_only_the_loss_is_computed():
 
 
 @pytest.mark.parametrize(("rows", "dtype", "tokens"), [
-    (8192, torch.float32, 2048), (8192, torch.bfloat16, 4096), (50304, torch.bfloat16, 640), (10**7, torch.float32, 128)])
+    (8192, torch.float32, 2048), (8192, torch.bfloat16, 4096), (50304, torch.bfloat16, 640),
+    (10**7, torch.float32, 128)])
 def test_chunks_hold_64_mib_of_logits(rows, dtype, tokens):
     assert chunk_tokens(rows, dtype) == tokens
 

@@ -50,7 +50,8 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_engine_equals_reference_backend(config, shape):
     (loss, grads), (expected_loss, expected) = (
-        loss_and_gradients(bare_model(config(model__backend=name, **SHAPES[shape]))) for name in ("engine", "reference"))
+        loss_and_gradients(bare_model(config(model__backend=name, **SHAPES[shape])))
+        for name in ("engine", "reference"))
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():

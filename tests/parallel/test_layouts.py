@@ -21,7 +21,7 @@ LAYOUTS = {
     "pp2": {"parallel__pipeline": 2},
     "pp2_interleaved": {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2},
 }
-# What a layout could break besides: norms of single heads, groups fewer than ranks, embeddings of their own, no clipping.
+# What a layout could break besides: norms of single heads, untied embeddings, no clipping, fewer groups than ranks.
 SHAPES = {
     "plain": {},
     "qk_norm": {"model__qk_norm": True, "model__tie_embeddings": False, "train__clip_grad": 0.0},

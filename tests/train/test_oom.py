@@ -8,8 +8,8 @@ from engine.errors import UserError
 from engine.train.oom import is_out_of_memory, smaller_micro_batch
 
 
-@pytest.mark.parametrize(("micro", "batch", "ranks", "smaller"), [(8, 16, 1, 4), (8, 24, 1, 4), (6, 12, 1, 3), (7, 14, 1, 2),
-                                                                 (8, 16, 2, 4), (3, 9, 1, 1), (2, 6, 3, 1)])
+@pytest.mark.parametrize(("micro", "batch", "ranks", "smaller"), [
+    (8, 16, 1, 4), (8, 24, 1, 4), (6, 12, 1, 3), (7, 14, 1, 2), (8, 16, 2, 4), (3, 9, 1, 1), (2, 6, 3, 1)])
 def test_smaller_micro_batch_divides_the_ranks_share(micro, batch, ranks, smaller):
     assert smaller_micro_batch(micro, batch, ranks) == smaller
     assert batch // ranks % smaller == 0
