@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,17 +30,21 @@ def evaluate(
     Returns loss (nats a token), perplexity, accuracy (share of tokens predicted exactly), tokens, tokens_per_sec.
     Collective over all ranks; the same numbers on each, and under every layout.
     """
+    training = chunks[0].training
     for chunk in chunks:
         chunk.eval()
     sums = forward.LossSums(0.0, 0, 0)
     start = time.perf_counter()
     batches = loader.evaluation_batches(micro_batch_size, seq_length, max_sequences)
     # A few micro-batches a call keep a pipeline busy without holding the whole split in memory.
-    for some in iter(lambda: list(itertools.islice(batches, 2 * groups.pg.pp.size())), []):
+    stages = groups.pg.pp.size()
+    for some in iter(lambda: list(itertools.islice(batches, 2 * stages)), []):
+        while len(chunks) > 1 and len(some) % stages:  # interleaving needs whole rounds: one that counts nothing
+            some.append(replace(some[-1], loss_mask_bs=torch.zeros_like(some[-1].loss_mask_bs)))
         sums += forward.run(chunks, some, groups, num_micro_batches=len(some), micro_batch_size=micro_batch_size,
                             seq_length=seq_length, forward_only=True)
     for chunk in chunks:
-        chunk.train()
+        chunk.train(training)
     seconds = time.perf_counter() - start
     return {
         "loss": sums.loss,

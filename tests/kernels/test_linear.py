@@ -26,9 +26,9 @@ def close(found, expected, dtype):
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("m", "k"), [(13, 24), (24, 13), (48, 24), (1, 1)])
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (1,), (64, 2)])
-def test_products_match_float64(library, dtype, shape):
-    m, k = 13, 24
+def test_products_match_float64(library, dtype, shape, m, k):
     x, w, g, bias = (torch.randn(*s).to(dtype) for s in ((*shape, k), (m, k), (*shape, m), (m,)))
     wide = [t.double() for t in (x, w, g, bias)]
     close(linear.matmul_nt(x, w), wide[0] @ wide[1].t(), dtype)
