@@ -260,7 +260,7 @@ class CheckpointConfig(Section):
         500, "steps between checkpoints; one at the end always (0: only that)", "steps", ge=0, le=STEPS
     )
     keep_last: int = option(2, "newest checkpoints to keep", "checkpoints", ge=1, le=10**6)
-    keep_best: bool = option(True, "also keep the one with the lowest validation loss")
+    keep_best: bool = option(True, "also keep the one with the lowest validation loss (of steps also evaluated)")
 
 
 class EvaluationConfig(Section):

@@ -71,9 +71,10 @@ def _row(result: step.StepResult, state: TrainState, device: torch.device) -> di
     }
 
 
-def _validate(evaluate: Callable[[], dict], state: TrainState) -> dict[str, float]:
+def _validate(evaluate: Callable[[], dict], state: TrainState, *, saved_too: bool) -> dict[str, float]:
+    """Only a step that is saved as well can be the best checkpoint."""
     found = evaluate()
-    if state.best_val_loss is None or found["loss"] < state.best_val_loss:
+    if saved_too and (state.best_val_loss is None or found["loss"] < state.best_val_loss):
         state.best_val_loss, state.best_step = found["loss"], state.step
     return {f"val/{name}": found[name] for name in ("loss", "perplexity", "accuracy")}
 
@@ -120,15 +121,16 @@ def run(
         if state.step == first + 1:
             on_first_step()
         done = state.step >= cfg.train.max_steps
+        save_now = _due(state.step, cfg.checkpoint.save_steps, done)
         row: dict[str, float] = {}
-        if done or state.step % cfg.logging.logging_steps == 0 or state.step == first + 1:
+        if done or state.step % cfg.logging.logging_steps == 0 or state.step == 1:
             row = _row(result, state, groups.device) | speed.take()
         if evaluate is not None and _due(state.step, cfg.evaluation.eval_steps, done):
-            row |= _validate(evaluate, state)
+            row |= _validate(evaluate, state, saved_too=save_now)
         if row:
             logger.log(state.step, row)
         logger.advance(state.step)
-        if _due(state.step, cfg.checkpoint.save_steps, done):
+        if save_now:
             save(state)
     return state
 

@@ -45,16 +45,15 @@ def agreeing_finalize(groups: Groups):
     return finalize
 
 
-def smaller_micro_batch(micro_batch_size: int, global_batch_size: int, data_parallel_size: int) -> int:
-    """The largest micro-batch of at most half the size that divides this rank's part of the global batch.
+def smaller_micro_batch(micro_batch_size: int) -> int:
+    """The largest proper divisor: it divides every global batch of a schedule that the configured size divides.
 
     Raises ``UserError`` when it is a single sequence already.
     """
     if micro_batch_size == 1:
         raise UserError("out of memory with a single sequence a micro-batch", where="train.micro_batch_size",
                         fix="Shorten model.seq_length, use train.recompute full, or split the model (parallel.tensor)")
-    share = global_batch_size // data_parallel_size
-    return max(size for size in range(1, micro_batch_size // 2 + 1) if share % size == 0)
+    return max(size for size in range(1, micro_batch_size // 2 + 1) if micro_batch_size % size == 0)
 
 
 def recover(error: BaseException, groups: Groups) -> None:

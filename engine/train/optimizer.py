@@ -72,12 +72,16 @@ def _in_apex_place():
 def build(chunks: list[Any], cfg: Config, groups: Groups) -> MegatronOptimizer:
     """The optimizer over wrapped model chunks. Vectors (norm weights, biases) are not decayed."""
     settings, t = chunks[0].config, cfg.train
+    # Losses are sums over a micro-batch's tokens (Megatron divides gradients by all tokens at the end), so the usual
+    # first scale of 2^16 for means is that over the tokens.
+    tokens = t.micro_batch_size * cfg.model.seq_length
     config = OptimizerConfig(
         optimizer="adam",
         lr=t.lr, min_lr=t.min_lr, weight_decay=t.weight_decay,
         adam_beta1=t.beta1, adam_beta2=t.beta2, adam_eps=t.eps,
         bf16=settings.bf16, fp16=settings.fp16, params_dtype=settings.params_dtype,
-        loss_scale=t.loss_scale, initial_loss_scale=2.0**16, min_loss_scale=1.0,
+        loss_scale=t.loss_scale, initial_loss_scale=2.0 ** (16 - math.ceil(math.log2(tokens))),
+        min_loss_scale=2.0**-24,
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         clip_grad=t.clip_grad,

@@ -10,9 +10,9 @@ class TrainState:
     """Saved with every checkpoint.
 
     ``step``: updates done. ``consumed_tokens``: the data position. ``consumed_samples``: sequences read so far.
-    ``skipped_steps``: updates left out by loss scaling. ``best_val_loss`` (nats a token) and ``best_step``: for
-    keeping the best checkpoint. ``micro_batch_size``: what recovery from lack of memory came down to, None for the
-    configured one.
+    ``skipped_steps``: updates left out by loss scaling. ``best_val_loss`` (nats a token) and ``best_step``: the best of
+    the steps that were both evaluated and saved. ``micro_batch_size``: what recovery from lack of memory came down to,
+    None for the configured one.
     """
 
     step: int = 0

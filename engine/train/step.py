@@ -63,7 +63,7 @@ def run(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: 
             if not cfg.train.enable_oom_recovery:
                 raise
             oom.recover(error, groups)
-        state.micro_batch_size = oom.smaller_micro_batch(micro, batch_size, groups.data_parallel_size)
+        state.micro_batch_size = oom.smaller_micro_batch(micro)
     if not math.isfinite(sums.loss_sum) and chunks[0].config.grad_scale_func is None:
         raise optim.NonFiniteError(f"loss is {sums.loss_sum}")  # gradients can be finite where a loss is not
     stepped, grad_norm = optim.step(optimizer)

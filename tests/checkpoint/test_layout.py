@@ -49,8 +49,8 @@ def test_nothing_there_is_a_fresh_start_but_nothing_to_find(tmp_path):
         layout.find(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"garbage", b"40", b"-30", b"3.0e1", "\uff13\uff10".encode(), b"\xff\xfe\x00",
-                                     b"9" * 5000, b"30\n30\n", b"30 garbage", b"../iter_0000030"])
+@pytest.mark.parametrize("content", [b"", b"\n", b"garbage", b"40", b"-30", b"3.0e1", "\uff13\uff10".encode(),
+                                     b"\xff\xfe\x00", b"9" * 5000, b"30\n30\n", b"30 garbage", b"../iter_0000030"])
 def test_a_damaged_pointer_is_an_error_that_names_the_way_out(checkpoints, content):
     (checkpoints / layout.POINTER).write_bytes(content)
     with pytest.raises(UserError, match=r"names no finished checkpoint.*--resume_from_checkpoint .*iter_0000030"):
