@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,32 @@ def _validate(evaluate: Callable[[], dict], state: TrainState, *, saved_too: boo
     return {f"val/{name}": found[name] for name in ("loss", "perplexity", "accuracy")}
 
 
+def _step(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: TrainState,
+          logger: MetricLogger) -> step.StepResult:
+    """A step, with what a user should know of it said in the user's words."""
+    micro_before = state.micro_batch_size
+    try:
+        result = step.run(cfg, chunks, optimizer, data, groups, state)
+    except NonFiniteError as error:
+        raise UserError(f"{error} at step {state.step + 1}", where="train",
+                        fix="Nothing was updated; resume from the last checkpoint with a lower train.lr") from error
+    if state.micro_batch_size != micro_before:
+        logger.message(f"out of memory at step {state.step}: micro-batches of {state.micro_batch_size} from here on; "
+                       "the global batch and the loss are the same")
+    return result
+
+
+@contextlib.contextmanager
+def _frozen() -> Iterator[None]:
+    """Within, garbage collections do not walk the model and its modules, which live to the end anyway."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # or extension modules report leaks when the process ends
+
+
 def run(
     cfg: Config,
     chunks: list[Any],
@@ -103,35 +130,26 @@ def run(
     padded = padded_vocab_size(cfg.model, vocab_size, cfg.parallel.tensor)
     peak = flops.peak_flops(groups.device, chunks[0].config.params_dtype)
     speed = _Throughput(cfg, groups, padded, peak)
-    gc.collect()
-    gc.freeze()  # the model and its modules live to the end; collections need not walk them
     first = state.step
-    while state.step < cfg.train.max_steps:
-        start = time.perf_counter()
-        micro_before = state.micro_batch_size
-        try:
-            result = step.run(cfg, chunks, optimizer, data, groups, state)
-        except NonFiniteError as error:
-            raise UserError(f"{error} at step {state.step + 1}", where="train",
-                            fix="Nothing was updated; resume from the last checkpoint with a lower train.lr") from error
-        if state.micro_batch_size != micro_before:
-            logger.message(f"out of memory at step {state.step}: micro-batches of {state.micro_batch_size} from here "
-                           "on, the global batch and the loss are the same")
-        speed.add(result, time.perf_counter() - start)
-        if state.step == first + 1:
-            on_first_step()
-        done = state.step >= cfg.train.max_steps
-        save_now = _due(state.step, cfg.checkpoint.save_steps, done)
-        row: dict[str, float] = {}
-        if done or state.step % cfg.logging.logging_steps == 0 or state.step == 1:
-            row = _row(result, state, groups.device) | speed.take()
-        if evaluate is not None and _due(state.step, cfg.evaluation.eval_steps, done):
-            row |= _validate(evaluate, state, saved_too=save_now)
-        if row:
-            logger.log(state.step, row)
-        logger.advance(state.step)
-        if save_now:
-            save(state)
+    with _frozen():
+        while state.step < cfg.train.max_steps:
+            start = time.perf_counter()
+            result = _step(cfg, chunks, optimizer, data, groups, state, logger)
+            speed.add(result, time.perf_counter() - start)
+            if state.step == first + 1:
+                on_first_step()
+            done = state.step >= cfg.train.max_steps
+            save_now = _due(state.step, cfg.checkpoint.save_steps, done)
+            row: dict[str, float] = {}
+            if done or state.step % cfg.logging.logging_steps == 0 or state.step == 1:
+                row = _row(result, state, groups.device) | speed.take()
+            if evaluate is not None and _due(state.step, cfg.evaluation.eval_steps, done):
+                row |= _validate(evaluate, state, saved_too=save_now)
+            if row:
+                logger.log(state.step, row)
+            logger.advance(state.step)
+            if save_now:
+                save(state)
     return state
 
 
