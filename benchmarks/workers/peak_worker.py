@@ -13,6 +13,7 @@ def build(config: dict):
     import time
 
     import torch
+
     from engine_kernels.linear import matmul_nt
 
     torch.set_num_threads(config["threads"])
