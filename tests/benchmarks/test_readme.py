@@ -1,0 +1,26 @@
+"""README's figures are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks import readme
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_table_is_the_committed_result():
+    result = json.loads((readme.RESULTS / "cpu_demo_train.json").read_text())
+    assert readme.table(result) in README.read_text()
+    assert readme.place(result) in README.read_text()
+
+
+def test_the_bars_that_readme_claims_are_met():
+    result = json.loads((readme.RESULTS / "cpu_demo_train.json").read_text())
+    ratios = {row["name"]: row["values"] for row in result["suites"]["train"]}
+    for precision in ("fp32", "bf16"):
+        engine = ratios[f"demo {precision} engine"]
+        assert engine["x eager"] >= 1.2
+        assert engine["x compile"] >= 1.0
+        assert engine["start-up s"] + engine["first step s"] <= 15
