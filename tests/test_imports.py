@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DRIVERS = {"pretrain", "evaluate", "generate", "report"}
 LEVELS = [
-    {"errors", "_index", "engine_kernels"},
+    {"errors", "disk", "_index", "engine_kernels"},
     {"config"},
     {"data", "losses", "parallel"},
     {"model"},

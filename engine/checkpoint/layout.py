@@ -16,19 +16,18 @@ only then the pointer. A kill at any moment leaves the previous checkpoint and p
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 from pathlib import Path
 
+from engine import disk
 from engine.errors import UserError
 
 POINTER = "latest_checkpointed_iteration.txt"
 _WAITING = POINTER + ".tmp"
 _NAME = re.compile(r"iter_(\d{7,})$")
-_BUFFER = 8 << 20
 
 
 def root(output_dir: Path | str) -> Path:
@@ -103,23 +102,6 @@ def find(path: Path | str) -> Path:
                     fix="Give a folder iter_NNNNNNN, or the output_dir of a run that saved one")
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(_BUFFER):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Flushes a file, or a directory's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_text(path: Path, text: str) -> None:
     """Writes a small file to the disk."""
     with path.open("w", encoding="utf-8") as f:
@@ -134,11 +116,11 @@ def publish(temporary: Path, final: Path, hashes: dict[str, str]) -> None:
     waiting = final.parent / _WAITING
     write_text(waiting, f"{step_of(final)}\n")  # a full disk is met here, before anything has its name
     for directory in {temporary, *(p for p in temporary.rglob("*") if p.is_dir())}:
-        fsync(directory)
+        disk.sync(directory)
     temporary.rename(final)
-    fsync(final.parent)
+    disk.sync(final.parent)
     waiting.replace(final.parent / POINTER)
-    fsync(final.parent)
+    disk.sync(final.parent)
 
 
 def _manifest(hashes: dict[str, str]) -> str:
@@ -160,7 +142,7 @@ def verify(checkpoint: Path) -> None:
         raise UserError("is missing" if name in files else "is not part of the checkpoint",
                         where=str(checkpoint / name), fix="Use another checkpoint: this one was changed after saving")
     for name, expected in files.items():
-        if sha256(checkpoint / name) != expected:
+        if disk.sha256(checkpoint / name) != expected:
             raise UserError("does not match its SHA-256 in the manifest", where=str(checkpoint / name),
                             fix="Use another checkpoint: this file is damaged")
 

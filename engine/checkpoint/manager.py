@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from engine import disk
 from engine.checkpoint import layout, rng, sharded
 from engine.config import Config, dump_yaml, load_yaml
 from engine.errors import UserError
@@ -61,8 +62,8 @@ def _own_files(temporary: Path, rank: int) -> list[Path]:
 
 
 def _flush_and_hash(path: Path) -> str:
-    layout.fsync(path)  # Megatron flushes its shards, but not its common.pt and metadata.json
-    return layout.sha256(path)
+    disk.sync(path)  # Megatron flushes its shards, but not its common.pt and metadata.json
+    return disk.sha256(path)
 
 
 def _check_model(path: Path, cfg: Config) -> None:

@@ -45,7 +45,8 @@ class Config(Section):
         "auto", "auto (the newest in output_dir, if any), none, or a checkpoint's directory", min_length=1
     )
     seed: int = option(1234, "seed of initial weights, dropout and sample order", ge=0, lt=2**63)
-    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "processor; auto is CUDA where there is a GPU, else the CPU (mps is not supported yet)")
+    device: Literal["auto", "cuda", "mps", "cpu"] = option(
+        "auto", "processor; auto is CUDA where there is a GPU, else the CPU (mps is not supported yet)")
     model: ModelConfig = option(ModelConfig, "the model's shape")
     data: DataConfig = option(DataConfig, "what the model reads")
     train: TrainConfig = option(TrainConfig, "steps, batches, optimiser, precision")

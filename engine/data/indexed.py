@@ -16,7 +16,7 @@ from types import TracebackType
 
 import numpy as np
 
-from engine import _index
+from engine import _index, disk
 from engine.errors import UserError
 
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
@@ -174,7 +174,7 @@ class IndexedDatasetWriter:
                 Path(f"{self.prefix}.idx").unlink(missing_ok=True)
                 for end, temporary in self._temporary.items():
                     os.replace(temporary, f"{self.prefix}.{end}")
-                sync_folder(self.prefix.parent)
+                disk.sync(self.prefix.parent)
         except BaseException:
             self.abort()
             raise
@@ -200,12 +200,3 @@ def _to_disk(file) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

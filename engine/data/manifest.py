@@ -6,12 +6,12 @@ lists every file read with its SHA-256.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from engine import disk
 from engine.config.prepare import PrepareConfig
 from engine.data.sources import SourceFile
 from engine.data.tokenizer import Tokenizer, load_tokenizer
@@ -32,8 +32,7 @@ Sources = dict[tuple[int, str], str]  # (number of the input, path below it) -> 
 def sha256_file(path: Path) -> str:
     """Of the file's bytes; empty where it cannot be read."""
     try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return disk.sha256(path)
     except OSError:
         return ""
 

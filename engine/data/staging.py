@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine import disk
 from engine.errors import UserError
 
 
@@ -41,12 +42,12 @@ def staged(output: Path) -> Iterator[Path]:
 def publish(folder: Path, output: Path) -> None:
     """Put ``folder`` in the place of ``output``, whatever was there. On disk when this returns."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        disk.sync(path)
     replaced, output = _sibling(output, "replaced"), output.resolve()  # a link to a directory stays a link
     if output.exists():
         os.rename(output, replaced)
     os.rename(folder, output)
-    _sync(output.parent)
+    disk.sync(output.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -89,11 +90,3 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import disk
 from engine.checkpoint import layout
 from engine.errors import UserError
 
@@ -20,7 +21,7 @@ def write(checkpoints: Path, step: int, payload: str = "weights") -> Path:
     files = {"sharded/__0_0.distcp": f"{payload} {step} " * 50, "state.json": json.dumps({"step": step})}
     for name, text in files.items():
         (temporary / name).write_text(text)
-    layout.publish(temporary, final, {name: layout.sha256(temporary / name) for name in files})
+    layout.publish(temporary, final, {name: disk.sha256(temporary / name) for name in files})
     return final
 
 

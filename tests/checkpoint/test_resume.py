@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+from engine import disk
 from engine.checkpoint import layout
 from engine.errors import UserError
 
@@ -131,11 +132,11 @@ def test_damage_anywhere_is_found_before_anything_is_loaded(saved):
 
 def test_an_existing_step_is_refused_and_unchanged(saved):
     run, path = saved
-    before = {p: layout.sha256(p) for p in path.rglob("*") if p.is_file()}
+    before = {p: disk.sha256(p) for p in path.rglob("*") if p.is_file()}
     run.state.consumed_tokens += 1
     with pytest.raises(UserError, match=r"iter_0000002: this checkpoint exists and is not replaced"):
         run.save()
-    assert {p: layout.sha256(p) for p in path.rglob("*") if p.is_file()} == before
+    assert {p: disk.sha256(p) for p in path.rglob("*") if p.is_file()} == before
     assert not list(path.parent.glob("*.tmp"))
 
 
