@@ -24,3 +24,9 @@ def test_the_bars_that_readme_claims_are_met():
         assert engine["x eager"] >= 1.2
         assert engine["x compile"] >= 1.0
         assert engine["start-up s"] + engine["first step s"] <= 15
+
+
+def test_the_demo_line_is_the_committed_report():
+    report = json.loads((readme.RESULTS / "cpu_demo_report.json").read_text())
+    assert report["verdict"] in README.read_text()
+    assert report["held_out"]["loss"] < report["baselines"]["bigram"] < report["baselines"]["unigram"]
