@@ -1,6 +1,5 @@
 """The two C++ extensions and nothing else; everything that is metadata stands in pyproject.toml."""
 
-import platform
 import sys
 from glob import glob
 
@@ -8,11 +7,10 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 LINUX = sys.platform.startswith("linux")
-X86 = platform.machine() in ("x86_64", "AMD64")
 
 # torch's wheel brings libgomp under the same SONAME, so one OpenMP pool serves both.
 openmp = ["-fopenmp"] if LINUX else []
-# The kernels pick their instruction set at run time (target_clones), so a wheel runs on any x86-64.
+# csrc/cpu holds the kernels once for each instruction set and picks at run time, so a wheel runs on any x86-64.
 fast = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
 setup(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = {"tokens/s": "{:,.0f}", "x eager": "{:.2f}", "x compile": "{:.2f}", "MFU %": "{:.0f}", "memory GB": "{:.2f}",
-           "start-up s": "{:.1f}", "first step s": "{:.1f}"}
+           "start-up s": "{:.1f}", "first step s": "{:.1f}",
+           "last loss": "{:.3f}"}
 
 
 def table(result: dict) -> str:

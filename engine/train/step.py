@@ -52,8 +52,8 @@ def run(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: 
         group["lr"] = lr
         # Megatron leaves this to its own scheduler: wd_mult is 0 for vectors.
         group["weight_decay"] = cfg.train.weight_decay * group.get("wd_mult", 1.0)
-    length = schedules.seq_length(cfg.train, cfg.model.seq_length, state.step)
-    batch_size = schedules.global_batch_size(cfg.train, state.step)
+    length = cfg.train.seq_length_at(state.step, cfg.model.seq_length)
+    batch_size = cfg.train.batch_size_at(state.step)
     while True:
         micro = state.micro_batch_size or cfg.train.micro_batch_size
         try:

@@ -2,8 +2,8 @@
 
     n tokens (all leading dimensions), k input features, m output features
 
-On AMD processors torch hands fp32 products to MKL, which reaches 180 GFLOP/s on two Zen 5 cores where oneDNN reaches
-400 (measured by ``benchmarks/bench_kernels_cpu.py``), so they go to oneDNN there. In bf16 torch uses oneDNN itself.
+On AMD processors torch hands fp32 products to MKL, which takes about twice as long as oneDNN (the linear rows of
+``benchmarks/run.py kernels_cpu``), so they go to oneDNN there. In bf16 torch uses oneDNN itself.
 The choice depends on the processor alone, never on a timing, so that a resumed run repeats its bits.
 """
 

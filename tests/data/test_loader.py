@@ -7,11 +7,11 @@ import random
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from datafiles import loader_config as config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -36,13 +36,6 @@ def prepare(folder: Path, seed: int, sizes: list[int]) -> Path:
         for size in sizes:
             writer.add_document(rng.integers(0, VOCAB, size))
     return folder
-
-
-def config(path=None, *, blend=(), num_workers=0, cache_dir=None, shuffle_seed=None, seed=1):
-    blend = [SimpleNamespace(path=path, weight=weight) for path, weight in blend]
-    data = SimpleNamespace(path=path, blend=blend, num_workers=num_workers, cache_dir=cache_dir,
-                           shuffle_seed=shuffle_seed)
-    return SimpleNamespace(seed=seed, model=SimpleNamespace(seq_length=S), data=data)
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from datafiles import loader_config as config
 
 from engine.data import prepared
 from engine.data.index_cache import IndexCache
@@ -38,13 +38,6 @@ def prepare(folder: Path, seed: int = 0, manifest: bool = True, **sizes) -> Path
     if manifest:
         (folder / "manifest.json").write_text(json.dumps({"vocab_size": VOCAB, "splits": splits}))
     return folder
-
-
-def config(path=None, *, blend=(), num_workers=0, cache_dir=None, shuffle_seed=None, seed=1):
-    blend = [SimpleNamespace(path=path, weight=weight) for path, weight in blend]
-    data = SimpleNamespace(path=path, blend=blend, num_workers=num_workers, cache_dir=cache_dir,
-                           shuffle_seed=shuffle_seed)
-    return SimpleNamespace(seed=seed, model=SimpleNamespace(seq_length=S), data=data)
 
 
 @pytest.fixture

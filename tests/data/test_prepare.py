@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datafiles import Shuffled
 
 from engine.config.prepare import PrepareConfig
 from engine.data import manifest as manifests
@@ -28,21 +29,6 @@ WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu x
 
 def sentence(number: int) -> str:
     return " ".join(random.Random(number).choices(WORDS, k=30)) + f", number {number}.\n"
-
-
-class Shuffled(list):
-    """What os.scandir returns, in another order each time."""
-
-    def __init__(self, entries):
-        with entries:
-            super().__init__(entries)
-        random.shuffle(self)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
 
 @pytest.fixture

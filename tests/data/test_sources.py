@@ -9,26 +9,12 @@ import os
 import random
 
 import pytest
+from datafiles import Shuffled
 
 from engine.config.prepare import PrepareConfig
 from engine.data.reading import Quarantine, Reader
 from engine.data.sources import list_files
 from engine.errors import UserError
-
-
-class Shuffled(list):
-    """What os.scandir returns, in another order each time."""
-
-    def __init__(self, entries):
-        with entries:
-            super().__init__(entries)
-        random.shuffle(self)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
 
 def config(*inputs, **settings) -> PrepareConfig:

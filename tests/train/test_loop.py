@@ -14,7 +14,6 @@ from engine.errors import UserError
 from engine.train import loop
 from engine.train.metrics import MetricLogger
 from engine.train.run import logger_for
-from engine.train.schedules import global_batch_size, seq_length, tokens_before
 from engine.train.state import TrainState
 
 TRAIN_NAMES = {"train/loss", "train/perplexity", "train/accuracy", "train/lr", "train/tokens_per_sec"}  # FEATURES 5.2
@@ -83,12 +82,12 @@ def test_curriculum_and_batch_schedule_read_each_token_once(config):
                  train__seq_length_schedule=[{"step": 0, "seq_length": 4}, {"step": 3, "seq_length": 10},
                                              {"step": 5, "seq_length": 16}])
     run, state, rows, read = train(cfg)
-    sizes = [(global_batch_size(cfg.train, k), seq_length(cfg.train, tiny.SEQ, k)) for k in range(9)]
+    sizes = [(cfg.train.batch_size_at(k), cfg.train.seq_length_at(k, tiny.SEQ)) for k in range(9)]
     assert sizes[0] == (2, 4)
     assert sizes[4] == (8, 10)
     assert sizes[8] == (8, 16)
-    assert read.positions == [tokens_before(cfg.train, tiny.SEQ, k) for k in range(9)]
-    assert state.consumed_tokens == tokens_before(cfg.train, tiny.SEQ, 9) == sum(b * s for b, s in sizes)
+    assert read.positions == [sum(b * s for b, s in sizes[:k]) for k in range(9)]
+    assert state.consumed_tokens == sum(b * s for b, s in sizes)
     assert state.consumed_samples == sum(b for b, _ in sizes)
     assert [(row["train/global_batch_size"], row["train/seq_length"]) for row in rows] == sizes
     whole = [b.tokens_bs.flatten() for b in run.data.inner.micro_batches(

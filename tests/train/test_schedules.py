@@ -1,4 +1,4 @@
-"""Exact values of every schedule; the data position is the sum of what the steps before consume."""
+"""Exact values of every schedule, and what each step consumes by them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 
 from engine.config import TrainConfig
-from engine.train.schedules import global_batch_size, learning_rate, seq_length, tokens_before
+from engine.train.schedules import learning_rate
 
 
 def rates(**changes) -> list[float]:
@@ -57,25 +57,25 @@ def test_a_run_that_is_all_warmup_only_rises(schedule):
 
 def test_doubling_batches():
     train = TrainConfig(global_batch_size=8, batch_size_schedule={"kind": "doubling", "start": 1, "every_steps": 2})
-    assert [global_batch_size(train, k) for k in range(10)] == [1, 1, 2, 2, 4, 4, 8, 8, 8, 8]
-    assert global_batch_size(train, 10**11) == 8
+    assert [train.batch_size_at(k) for k in range(10)] == [1, 1, 2, 2, 4, 4, 8, 8, 8, 8]
+    assert train.batch_size_at(10**11) == 8
 
 
 def test_ramped_batches():
     train = TrainConfig(global_batch_size=10, micro_batch_size=2, batch_size_schedule={
         "kind": "ramp", "start": 2, "every_steps": 3, "increment": 4})
-    assert [global_batch_size(train, k) for k in range(10)] == [2, 2, 2, 6, 6, 6, 10, 10, 10, 10]
+    assert [train.batch_size_at(k) for k in range(10)] == [2, 2, 2, 6, 6, 6, 10, 10, 10, 10]
 
 
 def test_curriculum():
     train = TrainConfig(seq_length_schedule=[
         {"step": 0, "seq_length": 4}, {"step": 2, "seq_length": 8}, {"step": 5, "seq_length": 16}])
-    assert [seq_length(train, 16, k) for k in range(7)] == [4, 4, 8, 8, 8, 16, 16]
-    assert seq_length(TrainConfig(), 16, 3) == 16
+    assert [train.seq_length_at(k, 16) for k in range(7)] == [4, 4, 8, 8, 8, 16, 16]
+    assert TrainConfig().seq_length_at(3, 16) == 16
 
 
-def test_tokens_before_is_the_data_position():
+def test_a_step_consumes_its_batch_times_its_length():
     train = TrainConfig(global_batch_size=4, batch_size_schedule={"kind": "doubling", "start": 1, "every_steps": 2},
                         seq_length_schedule=[{"step": 0, "seq_length": 4}, {"step": 3, "seq_length": 10}])
     consumed = [4, 4, 8, 20, 40, 40]
-    assert [tokens_before(train, 10, k) for k in range(7)] == [sum(consumed[:k]) for k in range(7)]
+    assert [train.batch_size_at(k) * train.seq_length_at(k, 10) for k in range(6)] == consumed
