@@ -9,10 +9,11 @@ import contextlib
 import copy
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-import time
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,53 +133,21 @@ def start(cfg: Config, *, masked: bool = False) -> Run:
     return Run(cfg, groups, MaskedLoader(data) if masked else data, chunks, update, TrainState())
 
 
-def shard_dict(chunks: list[Any]) -> dict[str, tuple[torch.Tensor, int | None, int]]:
-    """This rank's weights by their name in the unsplit model: (values, split dimension, interleaved blocks)."""
-    from engine.model.init import _global_names
-    from engine.parallel.wrap import unwrap
-
-    found = {}
-    for chunk in chunks:
-        for name, p in _global_names(unwrap(chunk)).items():
-            split = getattr(p, "tensor_model_parallel", False)
-            stride = max(1, getattr(p, "partition_stride", 1))
-            found[name] = (p.detach().clone(), p.partition_dim if split else None, stride)
-    return found
-
-
-def assemble(shards: list[dict]) -> dict[str, torch.Tensor]:
-    """The whole model's weights from ``shard_dict`` of the tensor ranks, in order."""
-    whole = {}
-    for name, (first, dim, stride) in shards[0].items():
-        if dim is None:
-            whole[name] = first
-            continue
-        parts = [s[name][0].chunk(stride, dim=dim) for s in shards]
-        whole[name] = torch.cat([part[block] for block in range(stride) for part in parts], dim=dim)
-    return whole
-
-
-def whole_weights(run: Run) -> dict[str, torch.Tensor]:
-    """The unsplit model, on every rank: pipeline stages merged, the last stage's tied copy checked and left out."""
+def whole_weights(run: Run, value: Any = lambda p: p) -> dict[str, torch.Tensor]:
+    """The unsplit model (or ``value(parameter)`` of it), on every rank; the last stage's tied copy checked, left out."""
     import torch.distributed as dist
 
+    from engine.model import whole
     from engine.parallel.wrap import gather_parameters
 
     gather_parameters(run.chunks)
     gathered: list = [None] * run.groups.world_size
-    dist.all_gather_object(gathered, (run.groups.pg.pp.rank(), run.groups.pg.tp.rank(), shard_dict(run.chunks)))
-    whole: dict[str, torch.Tensor] = {}
-    for stage in range(run.groups.pg.pp.size()):
-        ranks = {tp: shards for pp, tp, shards in gathered if pp == stage}
-        whole |= assemble([ranks[tp] for tp in sorted(ranks)])
-    if run.cfg.model.tie_embeddings and "output_layer.weight" in whole:
-        copy_vh = whole.pop("output_layer.weight")
-        assert torch.equal(copy_vh, whole["embedding.word_embeddings.weight"]), "the tied copies differ"
-    return {name: value[:VOCAB] if _is_vocabulary(name) else value for name, value in whole.items()}
-
-
-def _is_vocabulary(name: str) -> bool:
-    return name in ("embedding.word_embeddings.weight", "output_layer.weight")
+    dist.all_gather_object(gathered, whole.parts(run.chunks, value))
+    found = whole.assemble(gathered, VOCAB)
+    if run.cfg.model.tie_embeddings and "output_layer.weight" in found:
+        copy_vh = found.pop("output_layer.weight")
+        assert torch.equal(copy_vh, found["embedding.word_embeddings.weight"]), "the tied copies differ"
+    return found
 
 
 def free_port() -> int:
@@ -188,23 +157,23 @@ def free_port() -> int:
 
 
 def launch(script: Path, world: int, *args: object, timeout: float = 240) -> list[tuple[int, str]]:
-    """Runs ``script`` as ``world`` ranks as torchrun would. -> (exit code, output) of each; none outlives the call."""
+    """Runs ``script`` as ``world`` ranks as torchrun would. -> (exit code, output) of each; none outlives the call.
+
+    One interpreter imports what ranks need and forks them (fork_ranks.py): imports are 4 s of processor time a rank.
+    """
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
                                 "WORLD_SIZE": str(world), "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    command = [sys.executable, str(script), *map(str, args)]
-    ranks = [subprocess.Popen(command, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(world)]
-    deadline = time.monotonic() + timeout
-    try:
-        outputs = []
-        for rank in ranks:
-            outputs.append(rank.communicate(timeout=max(1.0, deadline - time.monotonic()))[0])
-        return [(rank.returncode, text) for rank, text in zip(ranks, outputs, strict=True)]
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-                rank.wait()
+    with tempfile.TemporaryDirectory() as outputs:
+        command = [sys.executable, str(HERE / "fork_ranks.py"), outputs, str(script), *map(str, args)]
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            process.wait(timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return [(int((Path(outputs) / f"{r}.code").read_text()), (Path(outputs) / f"{r}.out").read_text())
+                for r in range(world)]
 
 
 def forget_layout() -> None:

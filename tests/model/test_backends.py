@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from engine.model import build
+from engine.model import build, whole
 from engine.parallel import topology
 
 BATCH = 3
@@ -120,8 +120,7 @@ def test_equals_transformers(config, family, changes):
         num_key_value_heads=m.num_query_groups, max_position_embeddings=m.seq_length, rms_norm_eps=m.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": m.rotary_base}, tie_word_embeddings=m.tie_embeddings)
     theirs = getattr(transformers, f"{family}ForCausalLM")(settings).eval()
-    weights = {name: p[: tiny.VOCAB] if p.shape[0] == ROWS else p
-               for name, p in tiny.assemble([tiny.shard_dict([model])]).items()}
+    weights = whole.assemble([whole.parts([model])], tiny.VOCAB)
     theirs.load_state_dict(as_hugging_face(weights, cfg), strict=True)
     with torch.no_grad():
         expected = theirs(batch()[0]).logits
@@ -134,7 +133,7 @@ def test_padding_rows_are_zero_and_stay_zero(config):
     run = tiny.start(config(model__tie_embeddings=False))
     for _ in range(3):
         run.step()
-    weights = tiny.assemble([tiny.shard_dict(run.chunks)])
+    weights = whole.assemble([whole.parts(run.chunks)], ROWS)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         assert weights[name].shape[0] == ROWS
         assert torch.all(weights[name][tiny.VOCAB :] == 0), name
