@@ -41,7 +41,7 @@ def global_names(chunk: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Split:
-    """Part ``index`` of ``count`` along ``dim``, in ``stride`` interleaved blocks (gate, up); whole where count is 1."""
+    """Part ``index`` of ``count`` along ``dim``, in ``stride`` interleaved blocks (gate, up); all where count is 1."""
 
     dim: int = 0
     stride: int = 1
@@ -69,7 +69,10 @@ def split_of(name: str, param: Any, pg: Any) -> Split:
     return Split(param.partition_dim, max(1, param.partition_stride), group.rank(), group.size())
 
 
-def parts(chunks: list[Any], value: Callable[[Any], torch.Tensor] = lambda p: p) -> dict[str, tuple[Split, torch.Tensor]]:
+Part = tuple[Split, torch.Tensor]
+
+
+def parts(chunks: list[Any], value: Callable[[Any], torch.Tensor] = lambda p: p) -> dict[str, Part]:
     """This rank's part of ``value(parameter)`` for every parameter it holds, copied, with where it belongs."""
     found = {}
     for chunk in chunks:

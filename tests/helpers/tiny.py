@@ -134,7 +134,7 @@ def start(cfg: Config, *, masked: bool = False) -> Run:
 
 
 def whole_weights(run: Run, value: Any = lambda p: p) -> dict[str, torch.Tensor]:
-    """The unsplit model (or ``value(parameter)`` of it), on every rank; the last stage's tied copy checked, left out."""
+    """The unsplit model (or ``value(parameter)`` of it), on every rank; a tied copy is checked and left out."""
     import torch.distributed as dist
 
     from engine.model import whole
