@@ -9,7 +9,7 @@ PIP     = $(BIN)/python -m pip install -qq --disable-pip-version-check
 STDLIB  = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hpp)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint layouts bench clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -c "import sys; sys.exit('error: Python 3.11 or newer is needed, this is %d.%d: set PYTHON=' % sys.version_info[:2] if sys.version_info < (3, 11) else 0)"
@@ -39,6 +39,10 @@ test: $(VENV)/.installed-dev lint
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# Every parallel layout against one rank, on CPUs.
+layouts: $(VENV)/.installed-dev
+	$(BIN)/python -m engine.verification.table --output docs/layouts.md
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/run.py train

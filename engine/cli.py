@@ -15,13 +15,14 @@ COMMANDS = {
     "pretrain": ("engine.pretrain", "train a model, or resume (several processes: torchrun -m engine.pretrain)"),
     "evaluate": ("engine.evaluate", "perplexity, token accuracy and speed of a checkpoint on held-out data"),
     "generate": ("engine.generate", "text from a checkpoint"),
+    "verify-layout": ("engine.verify_layout", "a parallel layout against one rank: losses, every gradient, weights"),
     "report": ("engine.report", "a run against unigram and bigram models, with a plot of its losses"),
 }
 
 
 def usage() -> str:
     """The text of `mainspring --help`."""
-    lines = [f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:<13} {about}" for name, (_, about) in COMMANDS.items()]
     return "\n".join(["usage: mainspring <command> [--config FILE] [--field value …] [--help] [--debug]", "",
                       *lines, "", "`mainspring <command> --help` lists every field with its default and unit."])
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Prints the result as one JSON object. Several processes (torchrun) share the split. Returns the exit code."""
+    """Prints the result as one JSON object. Several processes (torchrun) share the model as ``--parallel`` says, and
+    the split. Returns the exit code."""
     from engine.config import parse
     from engine.config.inference import EvaluateConfig
 
@@ -21,7 +22,9 @@ def main(argv: list[str]) -> int:
 
     from engine.checkpoint import restore
 
-    with restore.model(options.checkpoint, device=options.device, precision=options.precision) as restored:
+    plan = restore.plan(options.checkpoint, device=options.device, precision=options.precision,
+                        seq_length=options.seq_length, parallel=options.parallel)
+    with restore.load(plan) as restored:
         found = run(restored, data=options.data, split=options.split, batch_size=options.batch_size,
                     max_sequences=options.max_sequences, seq_length=options.seq_length)
         if restored.groups.is_main:
@@ -47,16 +50,14 @@ def run(restored: Restored, *, data: Path | None = None, split: Literal["validat
     ``batch_size`` sequences at once, ``max_sequences`` at most (None: all), of ``seq_length`` tokens (None: the
     model's context). See ``engine.evaluation.perplexity.evaluate`` for the result. Raises ``UserError``.
     """
+    from engine.checkpoint.restore import check_layout
     from engine.data import loader
     from engine.data.tokenizer import load_tokenizer
     from engine.evaluation.perplexity import evaluate
     from engine.train.run import tokenizer_folder
 
     cfg, groups = restored.cfg, restored.groups
-    length = seq_length or cfg.model.seq_length
-    if length > cfg.model.seq_length:
-        raise UserError(f"{length} tokens is longer than the model's context ({cfg.model.seq_length})",
-                        where="seq_length", fix=f"Use at most {cfg.model.seq_length}")
+    check_layout(cfg, seq_length)
     if data is not None:
         cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"path": data, "blend": []})})
     folder = tokenizer_folder(cfg)
@@ -64,5 +65,5 @@ def run(restored: Restored, *, data: Path | None = None, split: Literal["validat
         raise UserError("was tokenized by another tokenizer than the model's", where=str(folder.parent),
                         fix=f"Prepare it with --tokenizer {restored.path / 'tokenizer'}")
     with loader.build(cfg, split, dp_rank=groups.data_parallel_rank, dp_size=groups.data_parallel_size) as held_out:
-        return evaluate(restored.chunks, held_out, groups, micro_batch_size=batch_size, seq_length=length,
-                        max_sequences=max_sequences)
+        return evaluate(restored.chunks, held_out, groups, micro_batch_size=batch_size,
+                        seq_length=seq_length or cfg.model.seq_length, max_sequences=max_sequences)

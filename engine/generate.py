@@ -1,14 +1,19 @@
-"""`mainspring generate --checkpoint … --prompt …`: text from a checkpoint alone."""
+"""`mainspring generate --checkpoint … --prompt …`: text from a checkpoint alone.
+
+A model too large for one processor: `torchrun --nproc-per-node 2 -m engine.generate … --parallel.tensor 2`.
+"""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Any
 
+from engine import launch
 from engine.errors import UserError
 
 if TYPE_CHECKING:
     from engine.checkpoint.restore import Restored
+    from engine.config import Config
 
 
 def main(argv: list[str]) -> int:
@@ -19,9 +24,14 @@ def main(argv: list[str]) -> int:
     options = parse(GenerateConfig, argv, prog="mainspring generate")
 
     from engine.checkpoint import restore
+    from engine.parallel import topology
 
+    plan = restore.plan(options.checkpoint, device=options.device, precision=options.precision,
+                        parallel=options.parallel)
+    _refuse_copies(plan.cfg, launch.world_size())
     prompt = _read_prompt() if options.prompt is None else options.prompt
-    with restore.model(options.checkpoint, device=options.device, precision=options.precision) as restored:
+    with restore.load(plan) as restored:
+        prompt = topology.of_main_rank(prompt)
         texts = continuations(
             restored, prompt, num_samples=options.num_samples, max_new_tokens=options.max_new_tokens,
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
@@ -33,9 +43,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _refuse_copies(cfg: Config, world: int) -> None:
+    """Ranks beyond one copy of the model would only repeat its text. Raises ``UserError``."""
+    copy = cfg.smallest_world()
+    if world > copy:
+        raise UserError(f"{world} ranks would hold {world // copy} copies of the model that generate the same text",
+                        where="parallel", fix=f"Start {copy}, or share the model over {world} (--parallel.tensor, "
+                        "--parallel.pipeline, --parallel.expert)")
+
+
 def _read_prompt() -> str:
+    """Standard input, which torchrun hands to all its ranks: the main rank reads it."""
     try:
-        return sys.stdin.read()
+        return sys.stdin.read() if launch.rank() == 0 else ""
     except UnicodeDecodeError as error:
         raise UserError(f"is not UTF-8 text ({error.reason})", where="standard input", fix="Convert it") from error
 

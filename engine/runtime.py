@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import select
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
+from engine import launch
 from engine.errors import UserError
 
-_CLAIM = "mainspring_error"  # the file by which a rank claims to speak
-_PATIENCE_SECONDS = 3.0  # for rank 0 to fail as this rank did: what start-up differs by on a busy machine
+# How long a rank that fails early waits for rank 0 before it speaks, and then for somebody to tell.
+_MEETING_SECONDS, _MEETING_MINUTES = 5, 2
+_COLLECTIVE = re.compile(r"gloo|nccl|Dist\w*Error|connection (was )?(closed|reset)|timed out|broken pipe", re.I)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
@@ -44,53 +45,56 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
 
 
-def _claim() -> bool:
-    """Whether this rank speaks for all: the first one that fails on a node does, the others would say the same.
+def _fail(line: str, code: int, *, details: str = "", kind: str = "own") -> NoReturn:
+    """Ends this process, and with it all ranks, with one line (and ``details`` before it).
 
-    torchrun gives each attempt a temporary folder, in which the claim is a file; without torchrun every process speaks.
+    Of a group of ranks only one speaks: see ``engine.parallel.watch``. A rank that fails before the ranks have met
+    says so at once if it is rank 0; another waits for rank 0, which mostly fails alike.
     """
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not error_file:
-        return True
+    if launch.world_size() == 1:
+        print(details + line, file=sys.stderr, flush=True)
+        sys.exit(code)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's; the exit code shall be ours
+    said, spoken = line.removeprefix("error: "), False
+    if launch.rank():
+        line = line.replace("error: ", f"error: rank {launch.rank()}: ", 1)
     try:
-        (Path(error_file).parents[1] / _CLAIM).open("x").close()
-    except FileExistsError:
-        return False
-    except OSError:
-        return True  # two lines are better than none
-    return True
+        from engine.parallel import watch
+
+        if not watch.joined():
+            spoken = launch.rank() == 0
+            if spoken:
+                print(details + line, file=sys.stderr, flush=True)
+            spoken = _meet(details + line) or spoken
+        watch.fail(details + line, said, code, kind=kind, spoken=spoken)
+    except (ImportError, KeyError, UserError):  # torch, MASTER_ADDR or rank 0 is missing
+        if not spoken and int(os.environ.get("LOCAL_RANK", "0")) <= 1:
+            print(details + line, file=sys.stderr, flush=True)
+    os._exit(code)  # destructors of process groups may wait for ranks that are gone
 
 
-def _claimed() -> bool:
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return bool(error_file) and (Path(error_file).parents[1] / _CLAIM).exists()
+def _meet(text: str) -> bool:
+    """Meets the others in order to tell them. -> whether this rank has spoken, because rank 0 took too long."""
+    from engine.parallel import watch
+
+    known = watch.unreachable
+    try:
+        watch.join(_MEETING_SECONDS / 60)
+    except UserError:
+        if launch.one_agent() or known:
+            raise
+        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(UserError):
+            watch.join(_MEETING_MINUTES)
+            return True
+        os._exit(UserError.exit_code)
+    return False
 
 
-def _fail(line: str, code: int) -> NoReturn:
-    """Ends this process with one line. Of a group of ranks only one speaks, rank 0 first.
-
-    All ranks mostly fail alike: the others wait for rank 0 to say it. A rank that fails alone speaks after the wait,
-    with its number; the others hang in a collective until torchrun ends them, which it does as soon as one has failed.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        with contextlib.suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's; the exit code shall be ours
-        patience = time.monotonic() + _PATIENCE_SECONDS
-        while time.monotonic() < patience and not _claimed():
-            time.sleep(0.05)
-        line = line.replace("error: ", f"error: rank {rank}: ", 1)
-    if _claim():
-        print(line, file=sys.stderr, flush=True)
-    _leave(code)
-
-
-def _leave(code: int) -> NoReturn:
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    if "RANK" in os.environ:
-        os._exit(code)  # destructors of process groups may wait for ranks that are gone
-    sys.exit(code)
+def _is_consequence(error: Exception) -> bool:
+    """Whether a collective broke or timed out, as when another rank has failed: torch has no one class for it."""
+    return isinstance(error, (RuntimeError, OSError)) and bool(_COLLECTIVE.search(f"{type(error).__name__} {error}"))
 
 
 def _reader_is_gone() -> bool:
@@ -106,13 +110,12 @@ def command(main: Callable[[list[str]], int], argv: list[str]) -> int:
     keep_freed_memory()
     quiet_libraries()
     try:
+        launch.adopt()
         code = main([word for word in argv if word != "--debug"])
         sys.stdout.flush()
         return code
     except UserError as error:
-        if debug:
-            traceback.print_exc()
-        _fail(f"error: {error}", UserError.exit_code)
+        _fail(f"error: {error}", UserError.exit_code, details=traceback.format_exc() if debug else "")
     except KeyboardInterrupt:
         _fail("interrupted; what was finished before, checkpoints included, is intact", 130)
     except BrokenPipeError:  # not SIGPIPE's default action: it would also end a run whose W&B socket breaks
@@ -120,7 +123,14 @@ def command(main: Callable[[list[str]], int], argv: list[str]) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
-    except Exception:
-        if debug or not _claimed():
+    except Exception as error:
+        if launch.world_size() == 1:
             raise
-        _leave(UserError.exit_code)  # another rank has said what is wrong; here its absence broke a collective
+        summary = re.sub(r"\[/\S*\] ", "", " ".join(f"{type(error).__name__}: {error}".split()))  # paths in gloo
+        if not _is_consequence(error):
+            _fail(f"error: {summary}", 1, details=traceback.format_exc())
+        from engine.parallel import watch
+
+        place = watch.place_in(traceback.extract_tb(error.__traceback__))
+        _fail(f"error: waited for the other ranks at {place}: {summary}", 1, kind="collective",
+              details=traceback.format_exc() if debug else "")

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DRIVERS = {"pretrain", "evaluate", "generate", "report"}
+DRIVERS = {"pretrain", "evaluate", "generate", "report", "verify_layout"}
 LEVELS = [
     {"errors", "disk", "_index", "engine_kernels"},
-    {"config"},
+    {"config", "launch"},
     {"data", "losses", "parallel"},
     {"model"},
     {"train", "checkpoint", "evaluation"},
+    {"verification"},
     {*DRIVERS, "runtime", "cli", "__init__"},
 ]
 FILES = [*sorted((ROOT / "engine").rglob("*.py")), *sorted((ROOT / "kernels/engine_kernels").rglob("*.py"))]

@@ -6,7 +6,13 @@ from benchmarks.workers.protocol import Step, serve
 
 
 def build(config: dict) -> tuple[Step, dict]:
-    """``config``: see bench_train.worker_config. The one place that knows the engine's API."""
+    """``config``: see bench_train.worker_config."""
+    step, wrapped = start(config)
+    return step, {"parameters": sum(p.numel() for chunk in wrapped for p in chunk.parameters())}
+
+
+def start(config: dict) -> tuple[Step, list]:
+    """The step, and the wrapped model that it trains. The one place that knows the engine's API."""
     import torch
 
     torch.set_num_threads(config["threads"])
@@ -22,7 +28,6 @@ def build(config: dict) -> tuple[Step, dict]:
     chunks = model_build.model(cfg, groups, config["shape"]["vocab_size"])
     if config["load_weights"]:
         load_llama_weights(chunks[0], config["load_weights"])
-    parameters = model_build.parameter_count(chunks)
     wrapped: list[torch.nn.Module] = [*wrap.apply(chunks, cfg, groups)]
     optimizer = optim.build(wrapped, cfg, groups)
     train_step.prepare(wrapped, cfg, groups)
@@ -32,7 +37,7 @@ def build(config: dict) -> tuple[Step, dict]:
         assert index == state.step
         return train_step.run(cfg, wrapped, optimizer, data, groups, state).sums.loss
 
-    return step, {"parameters": parameters}
+    return step, wrapped
 
 
 def engine_config(config: dict) -> dict:

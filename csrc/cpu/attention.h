@@ -1,6 +1,9 @@
 // Causal attention with an online softmax (FlashAttention, Dao 2023), in tiles of 64 keys x 64 queries that are skipped
-// above the diagonal. Score tiles are held transposed, [key][query]: statistics of a query are then a lane, reductions
-// over keys need no shuffles, and a tile is at once the right operand of the next product. With X^T[d][s]:
+// above the diagonal and before the window. The s queries are the last of t positions; zero rows in front of the keys
+// (Keys::front) put the diagonal on tile corners whatever t - s is. A sink is where a query's softmax starts: its logit
+// is the first maximum, and 1 the first sum. Score tiles are held transposed, [key][query]: statistics of a query are
+// then a lane, reductions over keys need no shuffles, and a tile is at once the right operand of the next product.
+// With X^T[d][s]:
 //   forward   S^T = K Q^T,  O^T += V^T P^T
 //   backward  S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dS^T = P^T (dP^T - delta),  dK += dS^T Q,  dQ^T += K^T dS^T
 // A task is one (batch, key group): its query heads share the packed keys and values, nothing is repeated, and dK, dV
@@ -15,13 +18,13 @@ template <> struct Right<bf16> { using type = uint32_t; static constexpr int64_t
 
 INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// [rows, d] -> [rows_padded, d_padded] in C, zeros around.
+// Rows first, first + 1, … of [rows, d] -> [count, d_padded] in C, zeros where there is no such row and behind d.
 template <class T, class C>
-INLINE void pack_rows(const T* __restrict from, int64_t stride, int64_t rows, int64_t d, int64_t rows_padded,
+INLINE void pack_rows(const T* __restrict from, int64_t stride, int64_t first, int64_t rows, int64_t d, int64_t count,
                       int64_t d_padded, C* __restrict to) {
-    for (int64_t i = 0; i < rows_padded; ++i, to += d_padded) {
-        const int64_t have = i < rows ? d : 0;
-        const T* __restrict row = from + i * stride;
+    for (int64_t i = first; i < first + count; ++i, to += d_padded) {
+        const int64_t have = i >= 0 && i < rows ? d : 0;
+        const T* __restrict row = from + (have ? i * stride : 0);
         SIMD
         for (int64_t j = 0; j < have; ++j) store(to + j, load(row + j));
         __builtin_memset(to + have, 0, (d_padded - have) * sizeof(C));
@@ -31,9 +34,10 @@ INLINE void pack_rows(const T* __restrict from, int64_t stride, int64_t rows, in
 // One tile [64][w] -> [w][64]: of floats, of bf16, or of pairs of bf16.
 template <class E>
 INLINE void transpose(const E* __restrict from, int64_t w, E* __restrict to) {
-    for (int64_t j0 = 0; j0 < w; j0 += 16)
+    constexpr int64_t kStep = kColumns < 16 ? kColumns : 16;  // divides w
+    for (int64_t j0 = 0; j0 < w; j0 += kStep)
         for (int64_t i = 0; i < kTile; ++i)
-            for (int64_t j = j0; j < j0 + 16; ++j) to[j * kTile + i] = from[i * w + j];
+            for (int64_t j = j0; j < j0 + kStep; ++j) to[j * kTile + i] = from[i * w + j];
 }
 
 // [s][d] rows in C -> right operand of a product over d, by tile of 64 rows: [d / k][64].
@@ -59,6 +63,13 @@ INLINE const bf16* left(const float* __restrict tile, bf16* __restrict to) {
     return to;
 }
 
+struct Keys {  // where keys stand among the tiles; query tile i (of padded s) stands at i + offset
+    int64_t offset, front, count;
+    explicit Keys(const Attention& a) : offset(padded(a.t - a.s, kTile)), front(offset - (a.t - a.s)) {
+        count = offset + padded(a.s, kTile);
+    }
+};
+
 struct Arena {  // carves a thread's workspace; with a null base it only counts
     char* base;
     int64_t used;
@@ -75,8 +86,8 @@ struct ForwardSpace {
     C *k_rows, *v_columns, *rows, *weights;
     typename Right<C>::type *q_right, *weights_right;
     float *tile, *out, *top, *sum, *fix;
-    ForwardSpace(Arena& m, int64_t s, int64_t d) {
-        k_rows = m.take<C>(s * d), v_columns = m.take<C>(s * d), rows = m.take<C>(kTile * d);
+    ForwardSpace(Arena& m, int64_t t, int64_t d) {
+        k_rows = m.take<C>(t * d), v_columns = m.take<C>(t * d), rows = m.take<C>(kTile * d);
         weights = m.take<C>(kTile * kTile), q_right = m.take<typename Right<C>::type>(kTile * d);
         weights_right = m.take<typename Right<C>::type>(kTile * kTile), tile = m.take<float>(kTile * kTile);
         out = m.take<float>(kTile * d), top = m.take<float>(kTile), sum = m.take<float>(kTile);
@@ -84,9 +95,17 @@ struct ForwardSpace {
     }
 };
 
-INLINE void mask_above_diagonal(float* tile, float value) {  // [key][query]: a query sees keys up to its own
-    for (int64_t key = 1; key < kTile; ++key)
+// A softmax's first maximum: below any score, but not -inf, since a tile may hide all its keys from a query.
+constexpr float kLowest = -1e20f;
+
+// Tile [key][query] of keys from j, queries from i: a query sees the last `window` keys up to its own, no padding.
+INLINE void hide(float* tile, const Attention& a, const Keys& keys, int64_t i, int64_t j, float value) {
+    const int64_t ahead = i - j, passed = ahead - a.window;
+    for (int64_t key = 0; key < kTile && ahead == 0; ++key)
         for (int64_t q = 0; q < key; ++q) tile[key * kTile + q] = value;
+    for (int64_t key = 0; key < kTile && key <= kTile - 1 + passed; ++key)
+        for (int64_t q = key > passed ? key - passed : 0; q < kTile; ++q) tile[key * kTile + q] = value;
+    for (int64_t at = 0; at < (j == 0 ? keys.front * kTile : 0); ++at) tile[at] = value;
 }
 
 // One score tile into the running maximum and sum of its 64 queries; leaves exp(score - max) in the tile.
@@ -118,27 +137,32 @@ INLINE void online_softmax(float* __restrict tile, float scale, float* __restric
 template <class T, class C>
 void attention_fwd_task(const Attention& a, int64_t task, char* workspace) {
     const int64_t ib = task / a.groups, ig = task % a.groups, s = padded(a.s, kTile), d = padded(a.d, kColumns);
+    const Keys keys(a);
     Arena arena{workspace, 0};
-    ForwardSpace<C> w(arena, s, d);
-    pack_rows(static_cast<const T*>(a.k) + ib * a.k_b + ig * a.k_h, a.k_s, a.s, a.d, s, d, w.k_rows);
-    for (int64_t j = 0; j < s; j += kTile) {
-        const int64_t rows = a.s - j < kTile ? a.s - j : kTile;
-        pack_rows(static_cast<const T*>(a.v) + ib * a.v_b + ig * a.v_h + j * a.v_s, a.v_s, rows, a.d, kTile, d, w.rows);
+    ForwardSpace<C> w(arena, keys.count, d);
+    const T* k = static_cast<const T*>(a.k) + ib * a.k_b + ig * a.k_h;
+    const T* v = static_cast<const T*>(a.v) + ib * a.v_b + ig * a.v_h;
+    pack_rows(k, a.k_s, -keys.front, a.t, a.d, keys.count, d, w.k_rows);
+    for (int64_t j = 0; j < keys.count; j += kTile) {
+        pack_rows(v, a.v_s, j - keys.front, a.t, a.d, kTile, d, w.rows);
         transpose(w.rows, d, w.v_columns + j * d);
     }
     for (int64_t h = ig * a.queries; h < (ig + 1) * a.queries; ++h)
         for (int64_t i = 0; i < s; i += kTile) {
-            const int64_t rows = a.s - i < kTile ? a.s - i : kTile;
-            const T* q_rows = static_cast<const T*>(a.q) + ib * a.q_b + h * a.q_h + i * a.q_s;
-            pack_rows(q_rows, a.q_s, rows, a.d, kTile, d, w.rows);
+            const int64_t rows = a.s - i < kTile ? a.s - i : kTile, at = i + keys.offset;
+            pack_rows(static_cast<const T*>(a.q) + ib * a.q_b + h * a.q_h, a.q_s, i, a.s, a.d, kTile, d, w.rows);
             right_over_columns(w.rows, d, w.q_right);
-            for (int64_t q = 0; q < kTile; ++q) w.top[q] = -__builtin_inff(), w.sum[q] = 0;
+            for (int64_t q = 0; q < kTile; ++q) {
+                w.top[q] = a.sinks ? a.sinks[h] : kLowest;
+                w.sum[q] = a.sinks ? 1 : 0;
+            }
             __builtin_memset(w.out, 0, kTile * d * sizeof(float));
-            for (int64_t j = 0; j <= i; j += kTile) {
-                const bool diagonal = i == j;
+            const int64_t oldest = at - a.window + 1;
+            for (int64_t j = oldest > 0 ? oldest / kTile * kTile : 0; j <= at; j += kTile) {
+                const bool diagonal = at == j;
                 product<false>(w.k_rows + j * d, d, w.q_right, kTile, w.tile, kTile, kTile, kTile, d,
                                diagonal ? kRowsToColumn : kAll);
-                if (diagonal) mask_above_diagonal(w.tile, -__builtin_inff());
+                hide(w.tile, a, keys, at, j, -__builtin_inff());
                 online_softmax(w.tile, a.scale, w.top, w.sum, w.fix, w.out, d);
                 auto weights = right_over_rows(left(w.tile, w.weights), kTile, w.weights_right);
                 product<true>(w.v_columns + j * d, kTile, weights, kTile, w.out, kTile, d, kTile, kTile,
@@ -159,14 +183,14 @@ struct BackwardSpace {
     C *k_rows, *v_rows, *k_columns, *rows, *weights;
     typename Right<C>::type *q_over_d, *do_over_d, *q_over_s, *do_over_s, *scores_right;
     float *p, *dp, *dk, *dv, *dq, *lse, *delta;
-    BackwardSpace(Arena& m, int64_t s, int64_t d) {
+    BackwardSpace(Arena& m, int64_t s, int64_t t, int64_t d) {
         using R = typename Right<C>::type;
-        k_rows = m.take<C>(s * d), v_rows = m.take<C>(s * d), k_columns = m.take<C>(s * d), rows = m.take<C>(2 * s * d);
+        k_rows = m.take<C>(t * d), v_rows = m.take<C>(t * d), k_columns = m.take<C>(t * d), rows = m.take<C>(2 * s * d);
         weights = m.take<C>(kTile * kTile), scores_right = m.take<R>(kTile * kTile);
         q_over_d = m.take<R>(s * d), do_over_d = m.take<R>(s * d);
         q_over_s = m.take<R>(s * d), do_over_s = m.take<R>(s * d);
-        p = m.take<float>(kTile * kTile), dp = m.take<float>(kTile * kTile), dk = m.take<float>(s * d);
-        dv = m.take<float>(s * d), dq = m.take<float>(s * d), lse = m.take<float>(s), delta = m.take<float>(s);
+        p = m.take<float>(kTile * kTile), dp = m.take<float>(kTile * kTile), dk = m.take<float>(t * d);
+        dv = m.take<float>(t * d), dq = m.take<float>(s * d), lse = m.take<float>(s), delta = m.take<float>(s);
     }
 };
 
@@ -174,7 +198,7 @@ struct BackwardSpace {
 template <class T, class C>
 INLINE void pack_queries(const T* from, int64_t stride, const Attention& a, int64_t s, int64_t d, C* rows,
                          typename Right<C>::type* over_d, typename Right<C>::type* over_s) {
-    pack_rows(from, stride, a.s, a.d, s, d, rows);
+    pack_rows(from, stride, 0, a.s, a.d, s, d, rows);
     for (int64_t i = 0; i < s; i += kTile) {
         right_over_columns(rows + i * d, d, over_d + i * d / Right<C>::k);
         right_over_rows(rows + i * d, d, over_s + i * d / Right<C>::k);
@@ -183,14 +207,13 @@ INLINE void pack_queries(const T* from, int64_t stride, const Attention& a, int6
 
 // P^T and dS^T of one tile from S^T and dP^T, in place.
 INLINE void softmax_backward(float* __restrict p, float* __restrict dp, float scale, const float* __restrict lse,
-                             const float* __restrict delta, bool diagonal) {
+                             const float* __restrict delta) {
     for (int64_t key = 0; key < kTile; ++key)
         for (int64_t q = 0; q < kTile; ++q) {
             const int64_t at = key * kTile + q;
             p[at] = exp_(p[at] * scale - lse[q]);
             dp[at] = p[at] * (dp[at] - delta[q]);
         }
-    if (diagonal) mask_above_diagonal(p, 0), mask_above_diagonal(dp, 0);
 }
 
 template <class T>
@@ -205,15 +228,18 @@ INLINE void write_rows(const float* __restrict from, int64_t from_stride, float 
 template <class T, class C>
 void attention_bwd_task(const Attention& a, int64_t task, char* workspace) {
     const int64_t ib = task / a.groups, ig = task % a.groups, s = padded(a.s, kTile), d = padded(a.d, kColumns);
+    const Keys keys(a);
     Arena arena{workspace, 0};
-    BackwardSpace<C> w(arena, s, d);
+    BackwardSpace<C> w(arena, s, keys.count, d);
     using R = typename Right<C>::type;
     constexpr int64_t pair = Right<C>::k;
-    pack_rows(static_cast<const T*>(a.k) + ib * a.k_b + ig * a.k_h, a.k_s, a.s, a.d, s, d, w.k_rows);
-    pack_rows(static_cast<const T*>(a.v) + ib * a.v_b + ig * a.v_h, a.v_s, a.s, a.d, s, d, w.v_rows);
-    for (int64_t j = 0; j < s; j += kTile) transpose(w.k_rows + j * d, d, w.k_columns + j * d);
-    __builtin_memset(w.dk, 0, s * d * sizeof(float));
-    __builtin_memset(w.dv, 0, s * d * sizeof(float));
+    const T* k = static_cast<const T*>(a.k) + ib * a.k_b + ig * a.k_h;
+    const T* v = static_cast<const T*>(a.v) + ib * a.v_b + ig * a.v_h;
+    pack_rows(k, a.k_s, -keys.front, a.t, a.d, keys.count, d, w.k_rows);
+    pack_rows(v, a.v_s, -keys.front, a.t, a.d, keys.count, d, w.v_rows);
+    for (int64_t j = 0; j < keys.count; j += kTile) transpose(w.k_rows + j * d, d, w.k_columns + j * d);
+    __builtin_memset(w.dk, 0, keys.count * d * sizeof(float));
+    __builtin_memset(w.dv, 0, keys.count * d * sizeof(float));
     for (int64_t h = ig * a.queries; h < (ig + 1) * a.queries; ++h) {
         const int64_t head = (ib * a.groups * a.queries + h) * a.s;
         const T* dout = static_cast<const T*>(a.dout) + ib * a.dout_b + h * a.dout_h;
@@ -231,21 +257,23 @@ void attention_bwd_task(const Attention& a, int64_t task, char* workspace) {
             w.delta[q] = dot, w.lse[q] = q < a.s ? a.lse[head + q] : __builtin_inff();  // padding: P = exp(-inf)
         }
         __builtin_memset(w.dq, 0, s * d * sizeof(float));
-        for (int64_t j = 0; j < s; j += kTile)
-            for (int64_t i = j; i < s; i += kTile) {
-                const bool diagonal = i == j;
+        for (int64_t j = 0; j < keys.count; j += kTile)
+            for (int64_t i = j > keys.offset ? j - keys.offset : 0; i < s; i += kTile) {
+                if (i + keys.offset >= j + kTile - 1 + a.window) break;  // these and later queries are past its keys
+                const bool diagonal = i + keys.offset == j;
                 const int64_t at = i * d / pair;
                 const Part scores = diagonal ? kRowsToColumn : kAll;
                 product<false>(w.k_rows + j * d, d, w.q_over_d + at, kTile, w.p, kTile, kTile, kTile, d, scores);
                 product<false>(w.v_rows + j * d, d, w.do_over_d + at, kTile, w.dp, kTile, kTile, kTile, d, scores);
-                softmax_backward(w.p, w.dp, a.scale, w.lse + i, w.delta + i, diagonal);
+                softmax_backward(w.p, w.dp, a.scale, w.lse + i, w.delta + i);
+                hide(w.p, a, keys, i + keys.offset, j, 0), hide(w.dp, a, keys, i + keys.offset, j, 0);
                 // fp32: a tile of rows is its own operand over s, so q_over_s stays unused.
                 const R* dout_right = pair == 1 ? reinterpret_cast<const R*>(rows_do + i * d) : w.do_over_s + at;
                 const R* q_right = pair == 1 ? reinterpret_cast<const R*>(w.rows + i * d) : w.q_over_s + at;
-                const Part keys = diagonal ? kDepthFromRow : kAll;
-                product<true>(left(w.p, w.weights), kTile, dout_right, d, w.dv + j * d, d, kTile, d, kTile, keys);
+                const Part rows = diagonal ? kDepthFromRow : kAll;
+                product<true>(left(w.p, w.weights), kTile, dout_right, d, w.dv + j * d, d, kTile, d, kTile, rows);
                 const C* ds = left(w.dp, w.weights);
-                product<true>(ds, kTile, q_right, d, w.dk + j * d, d, kTile, d, kTile, keys);
+                product<true>(ds, kTile, q_right, d, w.dk + j * d, d, kTile, d, kTile, rows);
                 product<true>(w.k_columns + j * d, kTile, right_over_rows(ds, kTile, w.scores_right), kTile,
                               w.dq + i * d, kTile, d, kTile, kTile, diagonal ? kDepthToColumn : kAll);
             }
@@ -255,9 +283,9 @@ void attention_bwd_task(const Attention& a, int64_t task, char* workspace) {
             for (int64_t c = 0; c < a.d; ++c) store(dq + q * a.d + c, tile[c * kTile] * a.scale);
         }
     }
-    const int64_t group = (ib * a.groups + ig) * a.s * a.d;
-    write_rows(w.dk, d, a.scale, static_cast<T*>(a.dk) + group, a.s, a.d);
-    write_rows(w.dv, d, 1.0f, static_cast<T*>(a.dv) + group, a.s, a.d);
+    const int64_t group = (ib * a.groups + ig) * a.t * a.d;
+    write_rows(w.dk + keys.front * d, d, a.scale, static_cast<T*>(a.dk) + group, a.t, a.d);
+    write_rows(w.dv + keys.front * d, d, 1.0f, static_cast<T*>(a.dv) + group, a.t, a.d);
 }
 
 #if defined(BF16_PRODUCTS)
@@ -267,10 +295,11 @@ using Bf16Product = float;
 #endif
 
 int64_t attention_workspace(const Attention& a, bool backward) {
-    const int64_t s = padded(a.s, kTile), d = padded(a.d, kColumns);
+    const int64_t s = padded(a.s, kTile), t = Keys(a).count, d = padded(a.d, kColumns);
+    const bool fp32 = a.dtype == kFloat32;
     Arena m{nullptr, 0};
-    if (!backward) a.dtype == kFloat32 ? (void)ForwardSpace<float>(m, s, d) : (void)ForwardSpace<Bf16Product>(m, s, d);
-    else a.dtype == kFloat32 ? (void)BackwardSpace<float>(m, s, d) : (void)BackwardSpace<Bf16Product>(m, s, d);
+    if (!backward) fp32 ? (void)ForwardSpace<float>(m, t, d) : (void)ForwardSpace<Bf16Product>(m, t, d);
+    else fp32 ? (void)BackwardSpace<float>(m, s, t, d) : (void)BackwardSpace<Bf16Product>(m, s, t, d);
     return m.used;
 }
 void attention_fwd(const Attention& a, int64_t begin, int64_t end, char* workspace) {

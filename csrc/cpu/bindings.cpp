@@ -85,29 +85,32 @@ static void cross_entropy_grad(int dtype, Address logits, Address labels, Addres
     split_rows(n, threads, [&](int64_t begin, int64_t end, int) { kernels().cross_entropy_grad(a, begin, end); });
 }
 
-// strides: b, h, s of q, k, v, dout, out.  sizes: b, s, groups, queries, d.
-static Attention attention(int dtype, const std::array<Address, 4>& in, Address out, Address lse,
-                           const std::array<int64_t, 5>& sizes, const std::array<int64_t, 15>& strides, float scale) {
+// strides: b, h, s of q, k, v, dout, out.  sizes: b, s, t, window, groups, queries, d.
+using AttentionSizes = std::array<int64_t, 7>;
+
+static Attention attention(int dtype, const std::array<Address, 5>& in, Address out, Address lse,
+                           const AttentionSizes& sizes, const std::array<int64_t, 15>& strides, float scale) {
     Attention a{};
     a.dtype = dtype, a.scale = scale;
-    a.s = sizes[1], a.groups = sizes[2], a.queries = sizes[3], a.d = sizes[4];
+    a.s = sizes[1], a.t = sizes[2], a.window = sizes[3], a.groups = sizes[4], a.queries = sizes[5], a.d = sizes[6];
     a.q_b = strides[0], a.q_h = strides[1], a.q_s = strides[2], a.k_b = strides[3], a.k_h = strides[4];
     a.k_s = strides[5], a.v_b = strides[6], a.v_h = strides[7], a.v_s = strides[8];
     a.dout_b = strides[9], a.dout_h = strides[10], a.dout_s = strides[11];
     a.out_b = strides[12], a.out_h = strides[13], a.out_s = strides[14];
     a.q = at<void>(in[0]), a.k = at<void>(in[1]), a.v = at<void>(in[2]), a.dout = at<void>(in[3]);
+    a.sinks = at<float>(in[4]);
     a.out = at<void>(out), a.lse = at<float>(lse);
     return a;
 }
 
-static int64_t attention_workspace(int dtype, int64_t s, int64_t d, bool backward) {
+static int64_t attention_workspace(int dtype, int64_t s, int64_t t, int64_t d, bool backward) {
     Attention a{};
-    a.dtype = dtype, a.s = s, a.d = d;
+    a.dtype = dtype, a.s = s, a.t = t, a.d = d;
     return kernels().attention_workspace(a, backward);
 }
 
-static void attention_fwd(int dtype, const std::array<Address, 4>& in, Address out, Address lse, Address workspace,
-                          int64_t bytes, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 15>& strides,
+static void attention_fwd(int dtype, const std::array<Address, 5>& in, Address out, Address lse, Address workspace,
+                          int64_t bytes, const AttentionSizes& sizes, const std::array<int64_t, 15>& strides,
                           float scale, int threads) {
     const Attention a = attention(dtype, in, out, lse, sizes, strides, scale);
     split_rows(sizes[0] * a.groups, threads, [&](int64_t begin, int64_t end, int thread) {
@@ -115,9 +118,9 @@ static void attention_fwd(int dtype, const std::array<Address, 4>& in, Address o
     });
 }
 
-static void attention_bwd(int dtype, const std::array<Address, 4>& in, Address out, Address lse,
+static void attention_bwd(int dtype, const std::array<Address, 5>& in, Address out, Address lse,
                           const std::array<Address, 3>& grads, Address workspace, int64_t bytes,
-                          const std::array<int64_t, 5>& sizes, const std::array<int64_t, 15>& strides, float scale,
+                          const AttentionSizes& sizes, const std::array<int64_t, 15>& strides, float scale,
                           int threads) {
     Attention a = attention(dtype, in, out, lse, sizes, strides, scale);
     a.dq = at<void>(grads[0]), a.dk = at<void>(grads[1]), a.dv = at<void>(grads[2]);

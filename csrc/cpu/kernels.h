@@ -48,13 +48,14 @@ struct CrossEntropy {  // logits [n, v]; columns from `valid` on are padding
     const float* weight;
 };
 
-struct Attention {  // causal; q [b, groups * queries, s, d], k, v [b, groups, s, d]
+struct Attention {  // causal; q [b, groups * queries, s, d], the last s of t positions; k, v [b, groups, t, d]
     int dtype;
-    int64_t s, groups, queries, d;
+    int64_t s, t, window, groups, queries, d;
     float scale;
     int64_t q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, dout_b, dout_h, dout_s, out_b, out_h, out_s;
     const void *q, *k, *v, *dout;
     void* out;
+    const float* sinks;   // [h], or null
     float* lse;           // [b, h, s], log of the sum of exp(score)
     void *dq, *dk, *dv;   // contiguous
 };

@@ -16,6 +16,7 @@ from engine.config import Config, dump_yaml, load_yaml
 from engine.errors import UserError
 from engine.parallel.topology import Groups
 
+_VERSION = 2  # of state.json and the optimizer's state; 1 had Megatron's forms of it
 # The fields that the names and shapes of the weights follow from.
 _SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size",
           "tie_embeddings", "qk_norm", "attention_bias", "linear_bias", "attention_sinks", "moe")
@@ -31,7 +32,7 @@ def _disk_errors(groups: Groups, what: str) -> Iterator[None]:
                         fix="Free some space or mend the permissions; earlier checkpoints are intact") from error
 
 
-def _agree(groups: Groups, work: Callable[[], object], what: str) -> list:
+def agree(groups: Groups, work: Callable[[], object], what: str) -> list:
     """Runs ``work`` on every rank and gathers the results; a failure on one rank is raised on all, naming it.
 
     ``work`` raises after its last collective call, if it has any: the other ranks would wait in it for this one.
@@ -76,13 +77,6 @@ def _check_model(path: Path, cfg: Config) -> None:
                         fix="Set these as they were, or choose another --output_dir for the new model")
 
 
-def _optimizer_kind(cfg: Config, chunks) -> dict:
-    """What the form of Megatron's optimizer state depends on, by the configuration's names."""
-    dtype = str(chunks[0].config.params_dtype).removeprefix("torch.")
-    precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-    return {"train.precision": precision, "parallel.distributed_optimizer": cfg.parallel.distributed_optimizer}
-
-
 class Checkpointer:
     """Saves into and resumes from ``<output_dir>/checkpoints``. Every method is collective over all ranks."""
 
@@ -108,10 +102,10 @@ class Checkpointer:
                 (temporary / "rng").mkdir()
 
         what = f"saving {final}"
-        _agree(self.groups, begin, what)
-        _agree(self.groups, lambda: sharded.save(temporary / "sharded", chunks, optimizer, self.groups), what)
-        _agree(self.groups, lambda: self._save_rest(temporary, state, _optimizer_kind(self.cfg, chunks)), what)
-        hashes = _agree(self.groups, lambda: {str(p.relative_to(temporary)): _flush_and_hash(p)
+        agree(self.groups, begin, what)
+        agree(self.groups, lambda: sharded.save(temporary / "sharded", chunks, optimizer, self.groups), what)
+        agree(self.groups, lambda: self._save_rest(temporary, state), what)
+        hashes = agree(self.groups, lambda: {str(p.relative_to(temporary)): _flush_and_hash(p)
                                               for p in _own_files(temporary, self.groups.rank)}, what)
 
         def end() -> None:
@@ -120,15 +114,15 @@ class Checkpointer:
                 best = {state["best_step"]} if self.cfg.checkpoint.keep_best and state.get("best_step") else set()
                 layout.prune(self.checkpoints, keep_last=self.cfg.checkpoint.keep_last, keep=best)
 
-        _agree(self.groups, end, what)
+        agree(self.groups, end, what)
         return final
 
-    def _save_rest(self, temporary: Path, state: dict, optimizer_kind: dict) -> None:
+    def _save_rest(self, temporary: Path, state: dict) -> None:
         rng.save(temporary, self.groups.rank)
         if not self.groups.is_main:
             return
-        record = {"version": 1, "train": state, "parallel": self._layout(), "optimizer": optimizer_kind,
-                  **self.identity}
+        record = {"version": _VERSION, "train": state, "parallel": self._layout(),
+                  "optimizer": self.cfg.train.optimizer, **self.identity}
         layout.write_text(temporary / "state.json", json.dumps(record, indent=1))
         layout.write_text(temporary / "config.yaml", dump_yaml(self.cfg))
         if self.tokenizer is not None:
@@ -146,7 +140,7 @@ class Checkpointer:
 
         Raises ``UserError`` on all ranks when they see different ones: their ``output_dir`` is not one shared folder.
         """
-        found: list[Path | None] = _agree(self.groups, self._find_resume, "resuming")
+        found: list[Path | None] = agree(self.groups, self._find_resume, "resuming")
         for rank, path in enumerate(found):
             if path != found[0]:
                 raise UserError(f"rank {rank} finds {path or 'no checkpoint'}, rank 0 {found[0] or 'none'}",
@@ -170,10 +164,11 @@ class Checkpointer:
     def load(self, path: Path, chunks, optimizer) -> dict:
         """Restores weights, optimizer and random state from ``path``. -> the saved train state.
 
-        Raises ``UserError`` for a damaged checkpoint, another model, another tokenizer.
+        The layout may be another than at saving; under the same one, random state too goes on where it was. Raises
+        ``UserError`` for a damaged checkpoint, another model, tokenizer or ``train.optimizer``.
         """
         what = f"loading {path}"
-        _agree(self.groups, lambda: self.groups.is_main and layout.verify(path), what)
+        agree(self.groups, lambda: self.groups.is_main and layout.verify(path), what)
         _check_model(path, self.cfg)
         record = read_state(path)
         for name, value in self.identity.items():
@@ -181,10 +176,12 @@ class Checkpointer:
                 raise UserError(f"is a checkpoint of another vocabulary: {name} {record[name]} (here {value})",
                                 where=str(path), fix="Use data that was prepared with its tokenizer, "
                                 f"{path / 'tokenizer'}, or choose another --output_dir for the new model")
-        for name, value in _optimizer_kind(self.cfg, chunks).items():
-            if record["optimizer"][name] != value:
-                raise UserError(f"was saved with {name} {record['optimizer'][name]} (here {value}), and Megatron keeps "
-                                "the optimizer's state differently", where=str(path), fix="Set it as it was")
+        if record["version"] != _VERSION:
+            raise UserError("was saved by another version of the engine, whose optimizer state this one cannot read",
+                            where=str(path), fix="Resume it with the version that saved it; its weights load here")
+        if record["optimizer"] != self.cfg.train.optimizer:
+            raise UserError(f"was saved with train.optimizer {record['optimizer']} (here {self.cfg.train.optimizer}), "
+                            "which keeps other state", where=str(path), fix="Set it as it was")
         sharded.load(path / "sharded", chunks, optimizer, self.groups)
         if all(record["parallel"].get(name) == size for name, size in self._layout().items()):
             rng.load(path, self.groups.rank)

@@ -10,22 +10,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from engine.checkpoint import optimizer_state
 from engine.errors import UserError
 from engine.parallel import cpu
 from engine.parallel.topology import Groups
 from engine.parallel.wrap import gather_parameters, unwrap
-
-# The only optimizer format of Megatron that loads under another tensor, pipeline and data-parallel size.
-_FORMAT = "fully_reshardable"
 
 
 class _Failures:
@@ -101,23 +103,12 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         return request._replace(async_fn=write)
 
 
-def _state_dict(chunks, optimizer, groups: Groups, *, is_loading: bool) -> dict:
+def _model_state(chunks, groups: Groups) -> dict:
+    """The model's tensors with their places in the unsplit ones. The chunk's number is in no key of the checkpoint."""
     if groups.device.type != "cuda":
         cpu.install()  # megatron's checkpointing may have been imported after the groups were built
-    metadata = {
-        "distrib_optim_sharding_type": _FORMAT,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": groups.pg.dp_cp,
-    }
-    bare = [unwrap(chunk) for chunk in chunks]
-    names = ["model"] if len(bare) == 1 else [f"model{i}" for i in range(len(bare))]
-    state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, bare, strict=True)}
-    if optimizer is not None:
-        with cpu.cuda_type_names():
-            state["optimizer"] = optimizer.sharded_state_dict(state["model"] if len(bare) == 1 else state,
-                                                              is_loading=is_loading, metadata=metadata)
-    return state
+    metadata = {"singleton_local_shards": False, "dp_cp_group": groups.pg.dp_cp}
+    return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
 
 
 def save(directory: Path, chunks, optimizer, groups: Groups) -> None:
@@ -128,9 +119,10 @@ def save(directory: Path, chunks, optimizer, groups: Groups) -> None:
     filesystem_async._results_queue = queue.SimpleQueue()  # in place of the spawned manager's
     failures = _Failures()
     gather_parameters(chunks)
+    state = _model_state(chunks, groups)
+    state |= optimizer_state.to_save(optimizer, optimizer_state.by_parameter(state), groups)
     with _guarded_rank_0(failures):
-        dist_checkpointing.save(_state_dict(chunks, optimizer, groups, is_loading=False), str(directory),
-                                sharded_strategy=InProcessSave(failures))
+        dist_checkpointing.save(state, str(directory), sharded_strategy=InProcessSave(failures))
     failures.raise_first()
 
 
@@ -142,20 +134,60 @@ def _explain(error: BaseException, directory: Path) -> UserError:
                      fix="Load it with the model section of its own config.yaml")
 
 
+def _read(directory: Path, wanted: dict) -> Any:
+    try:
+        return dist_checkpointing.load(wanted, str(directory), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    except (CheckpointingException, CheckpointException, KeyError, ValueError, RuntimeError) as error:
+        raise _explain(error, directory) from error
+
+
+def _stored_keys(directory: Path) -> set[str]:
+    try:
+        return {value.key for value in serialization.load_sharded_metadata(str(directory)).values()}
+    except (CheckpointingException, CheckpointException, KeyError, ValueError, RuntimeError) as error:
+        raise _explain(error, directory) from error
+
+
+def _check_keys(asked: set[str], stored: set[str], spare: set[str], directory: Path, groups: Groups) -> None:
+    """Refuses a checkpoint that lacks a tensor or, ``spare`` ones aside, holds one that no rank asks for.
+
+    On all ranks alike: Megatron raises on the rank that lacks one, and the others wait for it.
+    """
+    gathered: list = [None] * groups.world_size
+    dist.all_gather_object(gathered, asked)
+    everything = set().union(*gathered)
+    for problem, keys in (("holds no {}", everything - stored), ("holds a {} that is not here",
+                                                                 stored - everything - spare)):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise UserError(f"does not fit this model: it {problem.format(min(keys) + more)}",
+                            where=str(directory.parent), fix="Load it with the model section of its own config.yaml")
+
+
 def load(directory: Path, chunks, optimizer, groups: Groups) -> None:
     """Loads weights, and the optimizer's state unless it is None, whatever layout they were saved under.
+
+    A run in fp32 goes on from the fp32 weights behind a checkpoint's 16-bit ones, and one in 16 bits from fp32 ones.
 
     Raises ``UserError`` when the checkpoint holds another model: a tensor that is missing, left over, or of another
     shape.
     """
-    wanted = _state_dict(chunks, optimizer, groups, is_loading=True)
-    # Without an optimizer its tensors in the checkpoint are left over by intention.
-    strict = StrictHandling.RAISE_ALL if optimizer is not None else StrictHandling.RAISE_UNEXPECTED
-    try:
-        loaded: Any = dist_checkpointing.load(wanted, str(directory), strict=strict)
-    except (CheckpointingException, CheckpointException, KeyError, ValueError, RuntimeError) as error:
-        raise _explain(error, directory) from error
+    state, stored = _model_state(chunks, groups), _stored_keys(directory)
+    sharding = optimizer_state.by_parameter(state)
+    restoring = optimizer_state.Restoring()
+    if optimizer is None:
+        spare = {key for key in stored if key.startswith(optimizer_state.PREFIX)}
+    else:
+        restoring = optimizer_state.to_load(optimizer, sharding, stored, groups)
+        spare = optimizer_state.prefer_masters(sharding, stored)
+    model_keys = {value.key for value in nested_values(state) if isinstance(value, ShardedBase)}
+    _check_keys(model_keys | restoring.keys(), stored, spare, directory, groups)
+    loaded = _read(directory, state | {"optimizer": restoring.wanted})
     for i, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])
-    if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        unwrap(chunk).load_state_dict(loaded[f"model{i}"])
+    if optimizer is None:
+        return
+    restoring.fill(loaded.get("optimizer", {}))
+    if chunks[0].config.params_dtype != torch.float32 and not optimizer_state.has_masters(stored):
+        restoring.fill(_read(directory, {"optimizer": restoring.masters}).get("optimizer", {}))
+    optimizer_state.fill_common(optimizer, loaded[optimizer_state.COMMON])

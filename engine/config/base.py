@@ -25,7 +25,6 @@ class Problem:
     field: str
     text: str
     fix: str
-    not_built: bool = False  # consistent, but the engine cannot run it yet
 
 
 def option(default: Any, description: str, unit: str | None = None, **constraints: Any) -> Any:
@@ -76,11 +75,10 @@ class Section(BaseModel, metaclass=_UserErrors):
         return value
 
     @model_validator(mode="after")
-    def _consistent(self, info: ValidationInfo) -> Self:
+    def _consistent(self) -> Self:
         for name, value in self._resolve():
             object.__setattr__(self, name, value)  # frozen for users; not counted as set, so it follows later changes
-        planning = bool(info.context and info.context.get("allow_not_built"))
-        problems = [problem for problem in self.problems() if not (planning and problem.not_built)]
+        problems = list(self.problems())
         if problems:
             raise PydanticCustomError("contradiction", "contradiction", {"problems": problems})
         return self

@@ -11,6 +11,24 @@ Device = Literal["auto", "cuda", "cpu"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
+class ModelLayout(Section):
+    """How ranks share a model that is not trained; every size 1: each rank holds all of it."""
+
+    tensor: int = option(1, "ranks that share each matrix", "ranks", ge=1, le=4096)
+    pipeline: int = option(1, "ranks that share the layers, in stages", "ranks", ge=1, le=4096)
+    expert: int = option(1, "ranks that share the experts", "ranks", ge=1, le=4096)
+    expert_tensor: int | None = option(
+        None, "ranks that share each expert's matrices (null: tensor)", "ranks", ge=1, le=4096
+    )
+
+
+class EvaluationLayout(ModelLayout):
+    """How ranks share model and sequences; ranks that are left over share the data."""
+
+    context: int = option(1, "ranks that share each sequence", "ranks", ge=1, le=4096)
+    sequence_parallel: bool = option(False, "tensor ranks also share the sequence between matrices")
+
+
 class EvaluateConfig(Section):
     """Loss, perplexity and token accuracy of a checkpoint on a prepared split."""
 
@@ -22,6 +40,8 @@ class EvaluateConfig(Section):
     seq_length: int | None = option(None, "context length (null: the model's)", "tokens", ge=2)
     device: Device = option("auto", "processor")
     precision: Precision = option("auto", "arithmetic (auto: as the model was trained)")
+    parallel: EvaluationLayout = option(EvaluationLayout, "how ranks share model and sequences, whatever the layout "
+                                        "of training was; what is left of them shares the data")
     output: Path | None = option(None, "also write the result as JSON here")
 
 
@@ -40,6 +60,7 @@ class GenerateConfig(Section):
     seed: int = option(1234, "fixes the draw", ge=0, lt=2**63)
     device: Device = option("auto", "processor")
     precision: Precision = option("auto", "arithmetic (auto: as the model was trained)")
+    parallel: ModelLayout = option(ModelLayout, "how ranks share the model, whatever the layout of training was")
 
 
 class ReportConfig(Section):

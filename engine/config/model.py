@@ -10,7 +10,7 @@ from pydantic import ValidatorFunctionWrapHandler, model_validator
 from engine.config.base import Problem, Section, option
 from engine.config.presets import PRESETS
 
-PresetName = Literal["small", "medium", "large", "xl", "1b", "3b", "7b", "8b", "20b_moe", "70b"]
+PresetName = Literal["small", "medium", "large", "xl", "1b", "3b", "7b", "8b", "20b_moe", "70b", "mixtral_8x7b", "qwen3_30b_a3b"]
 
 
 class MoEConfig(Section):
@@ -28,7 +28,8 @@ class MoEConfig(Section):
     router: Literal["softmax_after_topk", "softmax_before_topk", "sigmoid"] = option(
         "softmax_after_topk", "how router scores become weights: softmax over the chosen, softmax over all, or sigmoid"
     )
-    expert_bias: bool = option(False, "balance by a bias on the router's choice instead of a loss (router: sigmoid)")
+    scaling_factor: float = option(1.0, "what the experts' weights are multiplied by (DeepSeek-V3: 2.5)", "1", gt=0)
+    expert_bias: bool = option(False, "balance by a bias on the router's choice, with or without the loss (router: sigmoid)")
     expert_bias_update_rate: float = option(1e-3, "step of that bias after each batch", "score", ge=0)
     aux_loss_coeff: float = option(1e-2, "weight of the load-balancing loss (0: off)", "1", ge=0)
     z_loss_coeff: float = option(0.0, "weight of the router's z-loss (0: off)", "1", ge=0)
@@ -99,22 +100,22 @@ class ModelConfig(Section):
     norm_eps: float = option(1e-5, "added to the mean square in RMSNorm", "1", gt=0, le=1)
     rotary_base: float = option(10000.0, "base of the rotary embedding's wavelengths", "1", gt=1)
     rotary_percent: float = option(1.0, "share of each head that rotates", "0 to 1", gt=0, le=1)
-    yarn: YarnConfig | None = option(None, "YaRN for long contexts (null: plain rotary embedding); not built yet")
+    yarn: YarnConfig | None = option(None, "YaRN for long contexts (null: plain rotary embedding)")
     activation: Literal["swiglu", "clamped_swiglu"] = option(
-        "swiglu", "the feed-forward network's gate; clamped_swiglu is GPT-OSS's, not built yet"
+        "swiglu", "the feed-forward network's gate; clamped_swiglu is GPT-OSS's"
     )
     qk_norm: bool = option(False, "RMSNorm on each head of queries and keys")
     attention_bias: bool = option(False, "bias on the query, key and value projections")
-    linear_bias: bool = option(False, "bias on every linear layer, router included (GPT-OSS); not built yet")
+    linear_bias: bool = option(False, "bias on every linear layer but the output head, router included (GPT-OSS)")
     attention_sinks: bool = option(
-        False, "a learned logit a head that takes attention to no token (GPT-OSS); not built yet"
+        False, "a learned logit a head that takes attention to no token (GPT-OSS)"
     )
     window_size: int | None = option(
-        None, "keys that a query sees, its own included (null: all before it); not built yet", "tokens", ge=1, le=2**31
+        None, "keys that a query sees, its own included (null: all before it)", "tokens", ge=1, le=2**31
     )
     full_attention_every: int | None = option(
         None,
-        "of the layers with window_size, each N-th sees everything (null: none does); not built yet",
+        "of the layers with window_size, each N-th sees everything (null: none does)",
         "layers",
         ge=2,
         le=10000,
@@ -125,7 +126,7 @@ class ModelConfig(Section):
         "engine",
         "whose layers: the engine's kernels, plain PyTorch (the oracle), or Transformer Engine where installed",
     )
-    moe: MoEConfig | None = option(None, "mixture of experts (null: a dense model); not built yet")
+    moe: MoEConfig | None = option(None, "mixture of experts (null: a dense model)")
 
     @model_validator(mode="wrap")
     @classmethod
@@ -156,6 +157,8 @@ class ModelConfig(Section):
                 "is for models with a window, but window_size is null",
                 "Set model.window_size, or full_attention_every to null",
             )
+        if self.yarn is not None and self.backend == "te":
+            yield Problem("yarn", "is built into the engine's attention, but backend is te", "Use backend engine")
         if self.yarn is not None and self.seq_length > self.yarn.factor * self.yarn.original_seq_length:
             longest = int(self.yarn.factor * self.yarn.original_seq_length)
             yield Problem(
@@ -163,7 +166,22 @@ class ModelConfig(Section):
                 f"stretches the context to {longest} tokens, but model.seq_length is {self.seq_length}",
                 "Raise factor, or lower model.seq_length",
             )
-        if self.moe is not None and self.moe.num_dense_layers >= self.num_layers:
+        yield from self._expert_problems()
+
+    def _expert_problems(self) -> Iterator[Problem]:
+        if self.backend == "te":
+            for name, used in (("moe", self.moe is not None), ("activation", self.activation != "swiglu")):
+                if used:
+                    yield Problem("backend", f"te does not have this engine's model.{name}", "Use backend engine")
+        if self.moe is None:
+            return
+        if self.linear_bias and self.moe.shared_ffn_hidden_size is not None:
+            yield Problem(
+                "moe.shared_ffn_hidden_size",
+                "a shared expert has no biases, but model.linear_bias is true",
+                "Set it to null, or model.linear_bias to false",
+            )
+        if self.moe.num_dense_layers >= self.num_layers:
             yield Problem(
                 "moe.num_dense_layers",
                 f"{self.moe.num_dense_layers} leaves no expert layer of the {self.num_layers}",

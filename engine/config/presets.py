@@ -71,4 +71,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ffn_hidden_size": 28672, "seq_length": 8192, "vocab_size": 128256, "rotary_base": 500000.0,
         "tie_embeddings": False, **_FIXED_VOCABULARY,
     },
+    # 46.7B, of which 12.9B a token: Mixtral 8x7B (arXiv:2401.04088)
+    "mixtral_8x7b": {
+        "num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_query_groups": 8,
+        "ffn_hidden_size": 14336, "seq_length": 4096, "vocab_size": 32000, "rotary_base": 1000000.0,
+        "tie_embeddings": False,
+        "moe": {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 14336, "aux_loss_coeff": 0.02},
+        **_FIXED_VOCABULARY,
+    },
+    # 30.5B, of which 3.3B a token: Qwen3-30B-A3B (arXiv:2505.09388)
+    "qwen3_30b_a3b": {
+        "num_layers": 48, "hidden_size": 2048, "num_attention_heads": 32, "num_query_groups": 4, "head_dim": 128,
+        "ffn_hidden_size": 6144, "seq_length": 4096, "vocab_size": 151936, "rotary_base": 1000000.0,
+        "norm_eps": 1e-6, "qk_norm": True, "tie_embeddings": False,
+        "moe": {"num_experts": 128, "top_k": 8, "ffn_hidden_size": 768, "aux_loss_coeff": 0.001},
+        **_FIXED_VOCABULARY,
+    },
 }  # fmt: skip

@@ -66,6 +66,27 @@ class SeqLengthStage(Section):
     seq_length: int = option(..., "sequence length", "tokens", ge=2, le=2**31)
 
 
+class MuonConfig(Section):
+    """Muon's own settings. Its updates are as large as AdamW's, so that train.lr and weight_decay serve both."""
+
+    momentum: float = option(0.95, "decay of the mean gradient", "0 to 1", ge=0, lt=1)
+    nesterov: bool = option(True, "look one step ahead of the mean gradient")
+    ns_steps: int = option(5, "Newton-Schulz steps towards an orthogonal update", "steps", ge=1, le=99)
+    ns_coefficients: list[float] = option(
+        lambda: [3.4445, -4.7750, 2.0315],
+        "a, b, c of a Newton-Schulz step, (a + b XX' + c (XX')^2) X",
+        "1",
+    )
+    ns_precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto", "what Newton-Schulz computes in; auto is fp32 where parameters are fp32, else bf16"
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        if len(self.ns_coefficients) != 3:
+            yield Problem("ns_coefficients", f"has {len(self.ns_coefficients)} numbers, a Newton-Schulz step takes 3",
+                          "Use [3.4445, -4.775, 2.0315]")
+
+
 class TrainConfig(Section):
     """Steps, batches, optimiser, precision."""
 
@@ -80,7 +101,10 @@ class TrainConfig(Section):
     seq_length_schedule: list[SeqLengthStage] = option(
         list, "sequence lengths by step (empty: model.seq_length throughout)"
     )
-    optimizer: Literal["adamw"] = option("adamw", "optimiser")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "optimiser; muon orthogonalises the updates of hidden matrices and leaves the rest to AdamW"
+    )
+    muon: MuonConfig = option(MuonConfig, "what only Muon has; its learning rate and weight decay are AdamW's")
     lr: float = option(3e-4, "peak learning rate", "1/step", gt=0, le=1000)
     min_lr: float = option(0.0, "learning rate at the end of the decay", "1/step", ge=0)
     schedule: Literal["linear", "cosine", "wsd", "constant"] = option(
@@ -149,6 +173,8 @@ class TrainConfig(Section):
         yield from self._rate_problems()
         yield from self._batch_problems()
         yield from self._length_problems()
+        if self.optimizer != "muon" and self.muon != MuonConfig():
+            yield Problem("muon", f"is set, but train.optimizer is {self.optimizer}", "Set train.optimizer to muon")
         if self.loss_scale is not None and self.precision != "fp16":
             yield Problem(
                 "loss_scale",
@@ -240,13 +266,15 @@ class ParallelConfig(Section):
     virtual_pipeline: int = option(
         1, "chunks of layers that each pipeline rank holds (above 1: interleaved)", "chunks", ge=1, le=4096
     )
-    context: int = option(1, "ranks that share each sequence; not built yet above 1", "ranks", ge=1, le=4096)
+    context: int = option(1, "ranks that share each sequence (context parallelism)", "ranks", ge=1, le=4096)
     expert: int = option(1, "ranks that share the experts", "ranks", ge=1, le=4096)
     expert_tensor: int | None = option(
         None, "ranks that share each expert's matrices (null: tensor)", "ranks", ge=1, le=4096
     )
     sequence_parallel: bool = option(False, "tensor ranks also share the sequence between matrices")
-    distributed_optimizer: bool = option(False, "data-parallel ranks share the optimiser's state")
+    distributed_optimizer: bool = option(
+        False, "data-parallel ranks share the optimiser's state (with train.optimizer muon they always do)"
+    )
     overlap_grad_reduce: bool | None = option(None, "reduce gradients during the backward pass (null: on GPUs)")
     timeout_minutes: float = option(
         10, "how long a rank waits for the others before the run ends", "minutes", gt=0, le=10**5

@@ -29,12 +29,17 @@ from engine.errors import UserError
 
 @dataclass
 class Batch:
-    """One micro-batch, CPU tensors [b, s]. labels are the next tokens; loss_mask 1 where they count, 0 in padding."""
+    """One micro-batch, CPU tensors [b, s]. labels are the next tokens; loss_mask 1 where they count, 0 in padding.
+
+    Rows packed with documents that do not see each other say where these end: cu_seqlens_b holds for each row the
+    boundaries [0, …, s], and position_ids restart at each.
+    """
 
     tokens_bs: torch.Tensor  # int64
     labels_bs: torch.Tensor  # int64
     loss_mask_bs: torch.Tensor  # float32
     position_ids_bs: torch.Tensor  # int64
+    cu_seqlens_b: list[torch.Tensor] | None = None  # int32, one a row
 
 
 @dataclass(frozen=True)

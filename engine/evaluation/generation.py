@@ -1,6 +1,8 @@
-"""Text from a model, one token at a time with a key-value cache.
+"""Text from a model, one token at a time with a key-value cache, under every layout.
 
-b samples of one prompt, s positions, v vocabulary.
+Tensor ranks gather the logits, pipeline stages pass hidden states on, and one rank of the last stage draws for all.
+
+b samples of one prompt, s positions, h hidden, v vocabulary.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from engine.errors import UserError
@@ -50,6 +53,34 @@ def pick(logits_bv: torch.Tensor, sampling: Sampling, generator: torch.Generator
     return torch.multinomial(logits_bv.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits_bv.device)
 
 
+def _logits(model: Any, tokens_bs: torch.Tensor, start: int, context: Any) -> torch.Tensor | None:
+    """[b, v] after the last of ``tokens_bs``, which begin at position ``start``; None before the last stage."""
+    pp = model.pg_collection.pp
+    b, s = tokens_bs.shape
+    if not model.pre_process:
+        hidden_sbh = tokens_bs.new_empty((s, b, model.config.hidden_size), dtype=model.config.params_dtype)
+        dist.recv(hidden_sbh, group=pp, group_src=pp.rank() - 1)
+        model.set_input_tensor(hidden_sbh)
+    positions_bs = torch.arange(start, start + s, device=tokens_bs.device).expand_as(tokens_bs)
+    out = model(tokens_bs, positions_bs, None, inference_context=context, runtime_gather_output=True)
+    if model.post_process:
+        return out[:, -1]
+    dist.send(out.contiguous(), group=pp, group_dst=pp.rank() + 1)
+    return None
+
+
+def _from_last_stage(next_b: torch.Tensor, model: Any) -> torch.Tensor:
+    """The choice of the first rank of the last pipeline stage, on every rank.
+
+    Also where all ranks see the same logits: expert ranks go on with the same tokens or hang, and a GPU's sums over
+    experts are not bound to round alike on each.
+    """
+    world = dist.get_world_size()
+    if world > 1:
+        dist.broadcast(next_b, src=world - world // model.pg_collection.pp.size())
+    return next_b
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -63,10 +94,15 @@ def generate(
 ) -> list[list[int]]:
     """Continuations of ``prompt`` (token ids), without it; each ends before ``eod_id`` or at ``max_new_tokens``.
 
+    ``model`` is this rank's bare chunk. Collective over all ranks, with the same arguments; the same rows on each, and
+    under every layout.
     ``vocab_size``: the tokenizer's, where the model has room for more tokens than it was taught.
     ``use_cache=False`` runs the whole sequence anew for each token: the slow way, for tests. Raises ``UserError`` when
-    the prompt is empty or leaves no room in the model's context.
+    the prompt is empty or leaves no room in the model's context, or when ranks share the sequence.
     """
+    if model.config.sequence_parallel or model.config.context_parallel_size > 1:
+        raise UserError("ranks cannot share the single token that is new", where="parallel",
+                        fix="Load the model without sequence_parallel and context to generate")
     limit = model.max_sequence_length
     size = model.config.vocab_size if vocab_size is None else min(vocab_size, model.config.vocab_size)
     if not prompt:
@@ -83,10 +119,9 @@ def generate(
     fed, training = 0, model.training
     model.eval()
     while tokens_bs.shape[1] < total and not bool(finished_b.all()):
-        new = tokens_bs[:, fed:]
-        positions = torch.arange(fed, tokens_bs.shape[1], device=device).expand_as(new)
-        logits_bsv = model(new, positions, None, inference_context=context, runtime_gather_output=True)
-        next_b = pick(logits_bsv[:, -1, :size], sampling, generator)
+        logits_bv = _logits(model, tokens_bs[:, fed:], fed, context)
+        next_b = finished_b.long() if logits_bv is None else pick(logits_bv[:, :size], sampling, generator)
+        next_b = _from_last_stage(next_b, model)
         if eod_id is not None:
             next_b = next_b.masked_fill(finished_b, eod_id)
             finished_b |= next_b == eod_id

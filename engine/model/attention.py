@@ -1,6 +1,7 @@
 """Causal self-attention with grouped queries, for training and for generation with a key-value cache.
 
-s query positions, t key positions, b batch, h this rank's query heads, g its key-value groups, d head dimension.
+s query positions of this rank, t key positions, b batch, h this rank's query heads, g its key-value groups, d head
+dimension.
 """
 
 from __future__ import annotations
@@ -9,33 +10,41 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 
+from engine.model import rotary
+from engine.model.sequence import Sequence
+from engine.parallel import context
 from engine_kernels.attention import causal_attention
 from engine_kernels.rotary import rotary_reference, split_qkv_rotary
-
-
-@functools.lru_cache(maxsize=64)
-def rotary_table(start: int, length: int, dim: int, base: float, device: torch.device):
-    """cos and sin of the angles at positions start … start+length-1: fp32 [length, dim/2] each.
-
-    Angle of pair i at position p: p · base^(-2i/dim) (Su et al., 2021, arXiv:2104.09864).
-    """
-    inv_freq = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-    angles = torch.outer(torch.arange(start, start + length, dtype=torch.float64, device=device), inv_freq)
-    return angles.cos().float(), angles.sin().float()
 
 
 def _rng_tracker() -> Any:
     return tensor_parallel.get_cuda_rng_tracker()  # optional only before the process groups exist
 
 
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts of a sequence [b, h, s, d] put together, in memory [s, b, h, d] as the output projection takes it."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.permute(2, 0, 1, 3) for part in parts]).permute(1, 2, 0, 3)
+
+
 class CoreAttention(MegatronModule):
-    """softmax(q kᵀ / √d, causal) v: the engine's CPU kernel in training there, else torch's
-    ``scaled_dot_product_attention``."""
+    """softmax(q kᵀ / √d, causal, within the window, beside the sink) v; under context parallelism over all ranks' k, v.
+
+    A sink is a learned logit of each query head that takes part in the softmax and brings no value (GPT-OSS). Its
+    parameter has Megatron's name, ``softmax_offset`` [h]; it is drawn like a weight matrix and is not decayed.
+    """
+
+    softmax_offset: torch.nn.Parameter | None
 
     def __init__(self, config: Any, layer_number, attn_mask_type, attention_type, cp_comm_type=None,
                  softmax_scale=None, pg_collection=None, **_ignored):
@@ -43,23 +52,59 @@ class CoreAttention(MegatronModule):
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.dropout = config.attention_dropout
         self.impl = config.kernel_impl
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None
+        self.pg_collection = pg_collection
+        self.softmax_offset = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // pg_collection.tp.size()
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+            tensor_parallel.set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
-    def forward(self, q_bhsd: torch.Tensor, k_bgtd: torch.Tensor, v_bgtd: torch.Tensor) -> torch.Tensor:
-        """-> [b, h, s, d]. Queries are the last s of the t positions."""
-        s, t = q_bhsd.shape[2], k_bgtd.shape[2]
+    def _attend(self, q_bhsd: torch.Tensor, k_bgtd: torch.Tensor, v_bgtd: torch.Tensor) -> torch.Tensor:
+        """Queries are the last s of the t positions."""
         dropout = self.dropout if self.training else 0.0
-        if s == t and dropout == 0.0:
-            return causal_attention(q_bhsd, k_bgtd, v_bgtd, scale=self.scale, impl=self.impl)
-        mask = None
-        if 1 < s < t:
-            mask = torch.ones(s, t, dtype=torch.bool, device=q_bhsd.device).tril(diagonal=t - s)
-        attend = functools.partial(F.scaled_dot_product_attention, q_bhsd, k_bgtd, v_bgtd, attn_mask=mask,
-                                   is_causal=s == t, scale=self.scale, dropout_p=dropout,
-                                   enable_gqa=q_bhsd.shape[1] != k_bgtd.shape[1])
+        options = {"scale": self.scale, "window": self.window, "sinks": self.softmax_offset, "impl": self.impl}
         if dropout == 0.0:
-            return attend()
+            return causal_attention(q_bhsd, k_bgtd, v_bgtd, **options)
         with _rng_tracker().fork():  # tensor ranks hold other heads: other masks
-            return attend()
+            return causal_attention(q_bhsd, k_bgtd, v_bgtd, dropout=dropout, **options)
+
+    def _row(self, q_1hsd, k_1gtd, v_1gtd, first: int, end: int, boundaries: list[int]) -> torch.Tensor:
+        """Queries at positions first … end-1 of a row of documents, each against the keys of its own."""
+        edges = [edge for edge in boundaries if edge < end] + [end]
+        spans = list(zip(edges, edges[1:], strict=False))
+        lengths = [b - a for a, b in spans]
+        queries = q_1hsd.split([max(0, b - max(a, first)) for a, b in spans], dim=2)
+        keys, values = (x[:, :, :end].split(lengths, dim=2) for x in (k_1gtd, v_1gtd))
+        seen = [(q, k, v) for q, k, v in zip(queries, keys, values, strict=True) if q.shape[2]]
+        return _join([self._attend(q, k, v) for q, k, v in seen])
+
+    def forward(self, q_bhsd: torch.Tensor, k_bgsd: torch.Tensor, v_bgsd: torch.Tensor,
+                rows: Sequence | None = None) -> torch.Tensor:
+        """-> [b, h, s, d]. Without ``rows`` the queries are the last s of the t positions that the keys stand at."""
+        if rows is None:
+            return self._attend(q_bhsd, k_bgsd, v_bgsd)
+        k_bgtd, v_bgtd = context.gather_keys_values(k_bgsd, v_bgsd, rows.group)
+        ranges = context.chunks(rows.length, rows.group)
+        parts = []
+        for (first, end), q in zip(ranges, q_bhsd.split([end - first for first, end in ranges], dim=2), strict=True):
+            k, v = k_bgtd[:, :, :end], v_bgtd[:, :, :end]
+            if rows.documents_b is None:
+                parts.append(self._attend(q, k, v))
+                continue
+            parts.append(torch.cat([self._row(q[i : i + 1], k[i : i + 1], v[i : i + 1], first, end, boundaries)
+                                    for i, boundaries in enumerate(rows.documents_b)]))
+        return _join(parts)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
+        """Megatron's, with the sinks split over tensor ranks."""
+        if self.softmax_offset is None:
+            return {}
+        groups = {"tp_group": self.pg_collection.tp,
+                  "dp_cp_group": ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]}
+        return make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix,
+                                                   {"softmax_offset": 0}, sharded_offsets, **groups)
 
 
 class SelfAttention(MegatronSelfAttention):
@@ -72,8 +117,8 @@ class SelfAttention(MegatronSelfAttention):
     linear_qkv: Any
     core_attention: Any
 
-    def _qkv(self, hidden_sbh: torch.Tensor, start: int):
-        """-> q [b, h, s, d], k and v [b, g, s, d], rotated."""
+    def _qkv(self, hidden_sbh: torch.Tensor, start: int, rows: Sequence | None):
+        """-> q [b, h, s, d], k and v [b, g, s, d], rotated: from position ``start`` on, or as ``rows`` says."""
         config, d = self.config, self.hidden_size_per_attention_head
         groups, heads = self.num_query_groups_per_partition, self.num_attention_heads_per_partition
         plain = self.q_layernorm is None and config.num_query_groups >= self.world_size
@@ -84,21 +129,25 @@ class SelfAttention(MegatronSelfAttention):
             qkv: Any = self.get_query_key_value_tensors(hidden_sbh)
             q_sbhd, k_sbgd, v_sbgd = qkv
             length = q_sbhd.shape[0]
-        cos, sin = rotary_table(start, length, config.rotary_dim, config.rotary_base, hidden_sbh.device)
+        device = hidden_sbh.device
+        cos, sin = (rotary.table(config.rotary, start, length, device) if rows is None
+                    else rotary.shared_table(config.rotary, rows, device))
         if plain:
             return split_qkv_rotary(mixed, cos, sin, num_groups=groups, queries_per_group=heads // groups,
                                     head_dim=d, impl=config.kernel_impl)
+        if cos.dim() == 3:
+            cos, sin = (turn.transpose(0, 1)[:, None] for turn in (cos, sin))  # [b, 1, s, r]
         q_bhsd, k_bgsd, v_bgsd = (x.permute(1, 2, 0, 3) for x in (q_sbhd, k_sbgd, v_sbgd))
         return rotary_reference(q_bhsd, cos, sin), rotary_reference(k_bgsd, cos, sin), v_bgsd
 
-    def _append_to_cache(self, context, k_bgsd: torch.Tensor, v_bgsd: torch.Tensor):
+    def _append_to_cache(self, cache, k_bgsd: torch.Tensor, v_bgsd: torch.Tensor):
         """Writes this step's keys and values behind those before; returns all of them so far, [b, g, t, d]."""
-        if self.layer_number not in context.key_value_memory_dict:
+        if self.layer_number not in cache.key_value_memory_dict:
             b, g, _, d = k_bgsd.shape
-            shape = (context.max_batch_size, g, context.max_sequence_length, d)
-            context.key_value_memory_dict[self.layer_number] = (k_bgsd.new_empty(shape), v_bgsd.new_empty(shape))
-        k_memory, v_memory = context.key_value_memory_dict[self.layer_number]
-        start, b = context.sequence_len_offset, k_bgsd.shape[0]
+            shape = (cache.max_batch_size, g, cache.max_sequence_length, d)
+            cache.key_value_memory_dict[self.layer_number] = (k_bgsd.new_empty(shape), v_bgsd.new_empty(shape))
+        k_memory, v_memory = cache.key_value_memory_dict[self.layer_number]
+        start, b = cache.sequence_len_offset, k_bgsd.shape[0]
         end = start + k_bgsd.shape[2]
         if end > k_memory.shape[2]:
             raise ValueError(f"position {end} is past the cache's {k_memory.shape[2]} positions")
@@ -108,14 +157,19 @@ class SelfAttention(MegatronSelfAttention):
 
     def forward(self, hidden_states, attention_mask=None, key_value_states=None, inference_context=None,
                 rotary_pos_emb=None, rotary_pos_cos=None, rotary_pos_sin=None, rotary_pos_cos_sin=None,
-                attention_bias=None, packed_seq_params=None, sequence_len_offset=None, *, inference_params=None):
+                attention_bias=None, packed_seq_params: Sequence | None = None, sequence_len_offset=None, *,
+                inference_params=None):
         """[s, b, hidden] -> ([s, b, hidden], bias). The signature is Megatron's; masks and tables are made here."""
-        context: Any = None if self.training else inference_context
-        q_bhsd, k_bgtd, v_bgtd = self._qkv(hidden_states, 0 if context is None else context.sequence_len_offset)
-        if context is not None:
-            k_bgtd, v_bgtd = self._append_to_cache(context, k_bgtd, v_bgtd)
+        cache: Any = None if self.training else inference_context
+        assert cache is None or packed_seq_params is None, "a key-value cache holds whole sequences"
+        start = 0 if cache is None else cache.sequence_len_offset
+        q_bhsd, k_bgtd, v_bgtd = self._qkv(hidden_states, start, packed_seq_params)
+        if cache is not None:
+            k_bgtd, v_bgtd = self._append_to_cache(cache, k_bgtd, v_bgtd)
         if self.checkpoint_core_attention and self.training:
-            out_bhsd = tensor_parallel.checkpoint(self.core_attention, False, q_bhsd, k_bgtd, v_bgtd)
+            # Other ranks' keys and values are gathered again, not kept.
+            attend = functools.partial(self.core_attention, rows=packed_seq_params)
+            out_bhsd = tensor_parallel.checkpoint(attend, False, q_bhsd, k_bgtd, v_bgtd)
         else:
-            out_bhsd = self.core_attention(q_bhsd, k_bgtd, v_bgtd)
+            out_bhsd = self.core_attention(q_bhsd, k_bgtd, v_bgtd, packed_seq_params)
         return self.linear_proj(out_bhsd.permute(2, 0, 1, 3).flatten(2))

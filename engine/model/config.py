@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from engine.config import Config
 from engine.errors import UserError
+from engine.model.rotary import Rotary
 
 
 @dataclass
@@ -17,13 +18,18 @@ class ModelSettings(TransformerConfig):
     """``TransformerConfig`` plus what the engine's own modules read.
 
     ``kernel_impl``: "auto" picks the fastest kernel, "torch" the plain reference. ``vocab_size``: real tokens, without
-    the padding rows. ``rotary_base`` and ``rotary_dim``: base and number of rotated dimensions of a head.
+    the padding rows. ``rotary``: how positions turn queries and keys. ``window_size`` is Megatron's (keys before the
+    query, 0), ``softmax_type`` "learnable" means attention sinks. ``activation``, ``router`` and ``expert_bias``: see
+    ``engine.config.model``. ``num_dense_layers``: first layers without experts.
     """
 
     kernel_impl: str = "auto"
     vocab_size: int = 0
-    rotary_base: float = 10000.0
-    rotary_dim: int = 0
+    rotary: Rotary = Rotary(0)
+    activation: str = "swiglu"
+    router: str = ""
+    expert_bias: bool = False
+    num_dense_layers: int = 0
 
 
 def cpu_multiplies_faster_in_bf16() -> bool:
@@ -66,6 +72,14 @@ def _parallel_settings(cfg: Config, dtype: torch.dtype) -> dict:
     }
 
 
+def _attention_settings(cfg: Config) -> dict:
+    """Megatron's words for windows and sinks, so that Transformer Engine's attention understands them as well."""
+    m = cfg.model
+    window = None if m.window_size is None else (m.window_size - 1, 0)  # Megatron leaves the query's own key out
+    return {"window_size": window, "window_attn_skip_freq": m.full_attention_every,
+            "softmax_type": "learnable" if m.attention_sinks else "vanilla"}
+
+
 def _recompute_settings(mode: str) -> dict:
     if mode == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -77,6 +91,33 @@ def _recompute_settings(mode: str) -> dict:
 def _fp8_settings(wanted: bool) -> dict:
     """Transformer Engine's (the configuration asks for its backend): e4m3 forward, e5m2 gradients, delayed scaling."""
     return {"fp8": "hybrid", "fp8_recipe": "delayed"} if wanted else {}
+
+
+def _expert_settings(cfg: Config) -> dict:
+    moe, layers = cfg.model.moe, cfg.model.num_layers
+    if moe is None:
+        return {}
+    dense = moe.num_dense_layers
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size,
+        "moe_layer_freq": [0] * dense + [1] * (layers - dense) if dense else 1,
+        "moe_token_dispatcher_type": moe.dispatcher,
+        # What Megatron checks, and what it would do itself; the engine's router reads its own fields.
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_router_score_function": "sigmoid" if moe.router == "sigmoid" else "softmax",
+        "moe_router_pre_softmax": moe.router == "softmax_before_topk",
+        "moe_router_topk_scaling_factor": moe.scaling_factor,
+        "moe_router_bias_update_rate": moe.expert_bias_update_rate,
+        "moe_aux_loss_coeff": moe.aux_loss_coeff,
+        "moe_z_loss_coeff": moe.z_loss_coeff,
+        "router": moe.router,
+        "expert_bias": moe.expert_bias,
+        "num_dense_layers": dense,
+    }
 
 
 def build(cfg: Config, vocab_size: int, dtype: torch.dtype) -> ModelSettings:
@@ -92,7 +133,7 @@ def build(cfg: Config, vocab_size: int, dtype: torch.dtype) -> ModelSettings:
         ffn_hidden_size=m.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=m.norm_eps,
-        add_bias_linear=False,
+        add_bias_linear=m.linear_bias,
         add_qkv_bias=m.attention_bias,
         qk_layernorm=m.qk_norm,
         gated_linear_unit=True,
@@ -117,8 +158,10 @@ def build(cfg: Config, vocab_size: int, dtype: torch.dtype) -> ModelSettings:
         masked_softmax_fusion=False,
         kernel_impl="torch" if m.backend == "reference" else "auto",
         vocab_size=vocab_size,
-        rotary_base=m.rotary_base,
-        rotary_dim=int(head_dim * m.rotary_percent) // 2 * 2,
+        rotary=Rotary.of(int(head_dim * m.rotary_percent) // 2 * 2, m.rotary_base, m.yarn),
+        **_attention_settings(cfg),
+        activation=m.activation,
+        **_expert_settings(cfg),
         **_parallel_settings(cfg, dtype),
         **_recompute_settings(cfg.train.recompute),
         **_fp8_settings(cfg.train.fp8),

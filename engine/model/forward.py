@@ -15,16 +15,22 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from engine.data.loader import Batch
+from engine.model import moe, sequence
 from engine.parallel.topology import Groups
+from engine.parallel.wrap import unwrap
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Over a global batch, all ranks: summed cross-entropy (nats), supervised tokens, exact predictions among them."""
+    """Over a global batch, all ranks: summed cross-entropy (nats), supervised tokens, exact predictions among them.
+
+    ``router``: of a model with experts, in training.
+    """
 
     loss_sum: float
     tokens: int
     correct: int
+    router: moe.RouterStats | None = None
 
     @property
     def loss(self) -> float:
@@ -41,11 +47,13 @@ class LossSums:
 def _forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module):
     """Megatron's contract: one micro-batch forward -> (output, function of the output that gives the loss)."""
     batch = next(data_iterator)
-    device = next(model.parameters()).device
-    moved = [x.to(device, non_blocking=True)
-             for x in (batch.tokens_bs, batch.position_ids_bs, batch.labels_bs, batch.loss_mask_bs)]
-    tokens, positions, labels, mask = moved
-    output = model(tokens, positions, None, labels=labels, loss_mask=mask)
+    bare = unwrap(model)
+    (tokens, positions, labels, mask), rows = sequence.share(batch, bare.pg_collection.cp,
+                                                             next(model.parameters()).device)
+    if bare.position_embedding_type != "none":  # Transformer Engine's attention shares rows in the same chunks itself
+        assert rows is None or rows.documents_b is None, "packed rows need the engine's attention"
+        rows = None
+    output = model(tokens, positions, None, labels=labels, loss_mask=mask, packed_seq_params=rows)
 
     def loss_function(output: torch.Tensor):
         # An integer, since Megatron adds the counts in int32; masks are 0 or 1.
@@ -54,6 +62,14 @@ def _forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module):
         return output[0], count, sums
 
     return output, loss_function
+
+
+def _supervised(batches: list[Batch], groups: Groups) -> int:
+    """Tokens that count in the loss, over all data-parallel ranks; context ranks have the same batches."""
+    count = torch.stack([(batch.loss_mask_bs > 0).sum() for batch in batches]).sum().to(groups.device)
+    if groups.data_parallel_size > 1:
+        dist.all_reduce(count, group=groups.pg.dp)
+    return int(count.item())
 
 
 def run(
@@ -72,6 +88,10 @@ def run(
     """
     drawn = list(batches)
     assert len(drawn) == num_micro_batches, (len(drawn), num_micro_batches)
+    counts_experts = not forward_only and chunks[0].config.num_moe_experts is not None
+    sequences = num_micro_batches * micro_batch_size * groups.data_parallel_size
+    if counts_experts:
+        moe.prepare(chunks, supervised=_supervised(drawn, groups), sequences=sequences, tokens=sequences * seq_length)
     iterators = [iter(drawn) for _ in chunks]
     outputs = get_forward_backward_func()(
         forward_step_func=_forward_step,
@@ -88,4 +108,7 @@ def run(
     if groups.world_size > 1:
         dist.all_reduce(sums)
     loss_sum, tokens, correct = sums.tolist()
-    return LossSums(loss_sum, int(tokens), int(correct))
+    router = None
+    if counts_experts:
+        router = moe.collect(chunks, groups, sequences=sequences, tokens=sequences * seq_length)
+    return LossSums(loss_sum, int(tokens), int(correct), router)

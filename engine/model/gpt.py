@@ -28,8 +28,7 @@ class GPT(GPTModel):
     def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, loss_mask: Any = None, **kwargs):
         if not self.post_process or labels is None:
             return super()._postprocess(hidden_states, input_ids, position_ids, labels, *args, **kwargs)
-        tied = self.share_embeddings_and_output_weights
-        weight_vh: Any = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        weight_vh = self._head_weight()
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_sbh = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
@@ -42,3 +41,12 @@ class GPT(GPTModel):
             hidden_sbh.flatten(0, 1), weight_vh, labels.t().reshape(-1), loss_mask.t().reshape(-1),
             vocab_size=self.config.vocab_size, tp_group=tp_group, scale=scale, impl=self.config.kernel_impl)
         return torch.stack([loss_sum, correct.to(loss_sum.dtype)])
+
+    def _head_weight(self) -> Any:
+        if self.share_embeddings_and_output_weights and self.pre_process:
+            return self.embedding.word_embeddings.weight
+        # The layer is not called, so what DDP hangs before its forward pass is: with overlapped parameter gathering it
+        # waits for the weight, which would be the last step's on the ranks that did not update it.
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
+        return self.output_layer.weight

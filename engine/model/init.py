@@ -36,7 +36,7 @@ def initialise(chunks: list[Any], settings: ModelSettings, seed: int, *, tied: b
             if name.endswith("bias"):
                 param.zero_()
                 continue
-            if param.dim() == 1:
+            if param.dim() == 1 and not name.endswith("softmax_offset"):  # attention sinks: drawn, as GPT-OSS's
                 param.fill_(1.0)
                 continue
             split = split_of(name, param, chunk.pg_collection)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear as MegatronColumnParallelLinear
 from megatron.core.tensor_parallel import RowParallelLinear as MegatronRowParallelLinear
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     _gather_along_first_dim,
     _reduce_scatter_along_first_dim,
@@ -20,7 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from engine.model.config import ModelSettings
 from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
 from engine_kernels.rms_norm import rms_norm
-from engine_kernels.swiglu import swiglu
+from engine_kernels.swiglu import clamped_swiglu, swiglu
 
 
 class RMSNorm(torch.nn.Module):
@@ -40,11 +41,16 @@ class RMSNorm(torch.nn.Module):
 
 
 class SwiGLU(MegatronModule):
-    """silu(gate) * up of [gate | up] in the last dimension. A MegatronModule so that checkpoints can walk it."""
+    """silu(gate) * up of [gate | up] in the last dimension, or GPT-OSS's clamped form of it.
+
+    A MegatronModule so that checkpoints can walk it.
+    """
 
     config: ModelSettings
 
     def forward(self, x_sb2f: torch.Tensor) -> torch.Tensor:
+        if self.config.activation == "clamped_swiglu":
+            return clamped_swiglu(x_sb2f)
         return swiglu(x_sb2f, impl=self.config.kernel_impl)
 
 
@@ -95,6 +101,23 @@ class _ParallelLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
+def _mark_expert(layer: Any) -> None:
+    """An expert's parameters are reduced over the ranks that hold it, and counted by every rank that holds others.
+
+    Megatron marks them only with expert parallelism, but those ranks are not the data-parallel ones either where
+    experts have a tensor size of their own. A bias is of this expert alone (Megatron does not split experts with
+    biases), while its own marks would sum it over tensor ranks and leave it out of the norm on all but the first.
+    """
+    # The dispatcher communicates. On one rank Megatron's reduction would return a view, to which no bias can be added.
+    layer.explicit_expert_comm = True
+    for parameter in layer.parameters(recurse=False):
+        parameter.allreduce = False
+        if parameter.dim() == 1:
+            parameter.sequence_parallel = False
+            if not getattr(parameter, "tensor_model_parallel", False):
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+
+
 def _forward_impl(input, weight, bias, allreduce_dgrad, sequence_parallel, tp_group, **_ignored):
     return _ParallelLinear.apply(input, weight, bias, allreduce_dgrad, sequence_parallel, tp_group)
 
@@ -105,6 +128,8 @@ class ColumnParallelLinear(MegatronColumnParallelLinear):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._forward_impl = _forward_impl
+        if self.is_expert:
+            _mark_expert(self)
 
 
 class RowParallelLinear(MegatronRowParallelLinear):
@@ -113,3 +138,5 @@ class RowParallelLinear(MegatronRowParallelLinear):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._forward_impl = _forward_impl
+        if self.is_expert:
+            _mark_expert(self)

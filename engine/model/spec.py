@@ -20,12 +20,17 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from engine.errors import UserError
 from engine.model.attention import CoreAttention, SelfAttention
 from engine.model.config import ModelSettings
 from engine.model.layers import ColumnParallelLinear, RMSNorm, RowParallelLinear, SwiGLU, residual_add
+from engine.model.moe import Router
 
 
 class EngineSpecProvider(BackendSpecProvider):
@@ -56,7 +61,15 @@ class EngineSpecProvider(BackendSpecProvider):
         return SwiGLU
 
 
-def _engine_layer(settings: ModelSettings) -> ModuleSpec:
+def _feed_forward(backend: EngineSpecProvider, experts: int | None) -> ModuleSpec:
+    spec = get_mlp_module_spec_for_backend(backend, num_experts=experts, use_te_activation_func=True)
+    if experts is not None:
+        submodules: Any = spec.submodules
+        submodules.router = Router
+    return spec
+
+
+def _engine_layer(settings: ModelSettings, experts: int | None) -> ModuleSpec:
     backend = EngineSpecProvider()
     # Megatron annotates these slots as modules; a class, a function and None are what it takes as well.
     norm: Any = backend.layer_norm()
@@ -77,8 +90,7 @@ def _engine_layer(settings: ModelSettings) -> ModuleSpec:
                                       submodules=attention),
             self_attn_bda=add,
             pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(backend, num_experts=settings.num_moe_experts,
-                                                use_te_activation_func=True),
+            mlp=_feed_forward(backend, experts),
             mlp_bda=add,
             # The names that Transformer Engine's fused modules give these weights: checkpoints fit either backend.
             sharded_state_dict_keys_map={
@@ -99,6 +111,9 @@ def build(settings: ModelSettings, backend: str, vp_stage: int | None = None) ->
             raise UserError("Transformer Engine is not installed", where="model.backend",
                             fix="Use backend engine, or pip install 'mainspring[te]' on a machine with a GPU")
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=settings.qk_layernorm)
-    layers = [_engine_layer(settings)] * get_num_layers_to_build(settings, vp_stage=vp_stage)
+    first = get_transformer_layer_offset(settings, vp_stage)
+    dense, sparse = _engine_layer(settings, None), _engine_layer(settings, settings.num_moe_experts)
+    layers = [dense if layer < settings.num_dense_layers else sparse
+              for layer in range(first, first + get_num_layers_to_build(settings, vp_stage=vp_stage))]
     norm: Any = RMSNorm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

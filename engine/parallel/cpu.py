@@ -47,6 +47,9 @@ class _Nothing:
     def query(self) -> bool:
         return True
 
+    def record_event(self, event=None) -> _Nothing:
+        return event or _Nothing()
+
     def elapsed_time(self, other) -> float:
         return 0.0
 
@@ -118,14 +121,41 @@ def _l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor, *args):
     return torch.linalg.vector_norm(torch.stack(norms)).to(torch.float32).reshape(1), None
 
 
+def _gather_parts(even, input_, group, output_split_sizes=None, use_global_buffer=False):
+    """Megatron's gather along the first dimension; gloo wants parts of equal size, so they are filled up."""
+    if output_split_sizes is None or group.size() == 1:
+        return even(input_, group, None, use_global_buffer)
+    longest = max(output_split_sizes)
+    if longest == 0:
+        return input_
+    filled = torch.nn.functional.pad(input_, [0, 0] * (input_.dim() - 1) + [0, longest - input_.shape[0]])
+    gathered = even(filled, group)
+    return torch.cat([part[:n] for part, n in zip(gathered.split(longest), output_split_sizes, strict=True)])
+
+
+def _reduce_scatter_parts(even, input_, group, input_split_sizes=None, use_global_buffer=False):
+    """Megatron's reduce-scatter along the first dimension, as above."""
+    if input_split_sizes is None or group.size() == 1:
+        return even(input_, group, None, use_global_buffer)
+    longest, behind = max(input_split_sizes), [0, 0] * (input_.dim() - 1)
+    if longest == 0:
+        return input_
+    parts = [torch.nn.functional.pad(part, [*behind, 0, longest - part.shape[0]])
+             for part in input_.split(input_split_sizes)]
+    return even(torch.cat(parts), group)[: input_split_sizes[group.rank()]]
+
+
 def _patch_functions() -> None:
     """The places where a view of torch is not enough."""
     from megatron.core.optimizer import clip_grads, optimizer
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    mappings._gather_along_first_dim = functools.partial(_gather_parts, mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = functools.partial(
+        _reduce_scatter_parts, mappings._reduce_scatter_along_first_dim)
     clip_grads.l2_norm_impl = _l2_norm
     clipping: tuple[Any, ...] = (clip_grads, optimizer)
     for module in clipping:

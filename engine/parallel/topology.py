@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from engine import launch
 from engine.config import Config
 from engine.errors import UserError
+from engine.parallel import watch
 
 
 @dataclass(frozen=True)
@@ -61,34 +64,42 @@ def resolve_device(wanted: str) -> torch.device:
         # Megatron asks torch whether there is a GPU; the answer must be the one the user wants.
         raise UserError("this machine's GPU is visible to Megatron-core", where="device",
                         fix="Hide it: CUDA_VISIBLE_DEVICES= with --device cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if wanted == "cuda" else torch.device(wanted)
-
-
-def _set_environment() -> None:
-    """What Megatron-core wants of the environment, before any CUDA context or NCCL communicator exists."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # keeps TP collectives ahead of the GEMMs they feed
-    os.environ.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if wanted != "cuda":
+        return torch.device(wanted)
+    # Without LOCAL_RANK the ranks are taken to fill one node after the other.
+    local = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", int(local) if local else launch.rank() % torch.cuda.device_count())
 
 
 def init_process_group(device: torch.device, timeout_minutes: float) -> None:
-    """torch.distributed from torchrun's environment, or of this process alone."""
+    """torch.distributed of all ranks (see ``engine.launch``), or of this process alone.
+
+    Raises ``UserError`` when ranks do not come within the timeout, or cannot connect to each other.
+    """
     if dist.is_initialized():
         return
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
-    else:
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    store = watch.arrive(timeout_minutes)
+    ranks = {"store": store, "rank": launch.rank(), "world_size": launch.world_size()} if store else {}
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None, **ranks)
+    except (dist.DistError, RuntimeError) as error:
+        name = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+        raise UserError(f"{backend} cannot connect the ranks ({str(error).splitlines()[0]})", where=watch.address(),
+                        fix=f"Check that the machines can connect to each other; with several networks, name the "
+                        f"right one's interface in {name}") from error
 
 
 def world_size() -> int:
-    """The number of processes that torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes that were started together, 1 without a launcher."""
+    return launch.world_size()
 
 
 def build(cfg: Config) -> Groups:
@@ -97,9 +108,10 @@ def build(cfg: Config) -> Groups:
     Raises ``UserError`` when the world size does not fit the layout (before any group is created, on every rank
     alike, so that none hangs).
     """
+    launch.adopt()
     cfg.data_parallel_size(world_size())
+    launch.set_gpu_environment(tensor=cfg.parallel.tensor, context=cfg.parallel.context, device=cfg.device)
     device = resolve_device(cfg.device)
-    _set_environment()
     if device.type != "cuda":
         from engine.parallel import cpu
 
@@ -127,10 +139,18 @@ def build(cfg: Config) -> Groups:
     return Groups(dist.get_rank(), dist.get_world_size(), device, ProcessGroupCollection.use_mpu_process_groups())
 
 
+def start(cfg: Config) -> Groups:
+    """``build`` for a run of its own: from here to ``shutdown``, a rank that fails ends all ranks (see ``watch``)."""
+    launch.adopt()
+    cfg.data_parallel_size(world_size())
+    watch.join(cfg.parallel.timeout_minutes)
+    return build(cfg)
+
+
 @contextlib.contextmanager
 def groups(cfg: Config) -> Iterator[Groups]:
-    """``build``, with ``shutdown`` behind it; after an error only where it would not wait for ranks that are gone."""
-    built = build(cfg)
+    """``start``, with ``shutdown`` behind it; after an error only where it would not wait for ranks that are gone."""
+    built = start(cfg)
     try:
         yield built
     except BaseException:
@@ -140,10 +160,39 @@ def groups(cfg: Config) -> Iterator[Groups]:
     shutdown()
 
 
-def shutdown() -> None:
-    """Destroys the groups so that the process can end, or build others."""
+def of_main_rank(value: Any) -> Any:
+    """Rank 0's ``value`` (anything that pickles), on every rank. Collective."""
+    box = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def forget() -> None:
+    """Destroys Megatron's groups and keeps torch.distributed, so that the same processes can build another layout.
+
+    Each group has threads of its own that poll: of twenty layouts they would leave no processor time for the next.
+    """
     if not dist.is_initialized():
         return
+    if "megatron.core.parallel_state" in sys.modules:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+    gc.collect()  # models that are over hold their groups
+    for group in list(dist.distributed_c10d._world.pg_map):  # pyright: ignore[reportPrivateImportUsage]
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def shutdown() -> None:
+    """Destroys the groups so that the process can end, or build others."""
+    if dist.is_initialized():
+        _destroy()
+    watch.leave()
+
+
+def _destroy() -> None:
     if "megatron.core.parallel_state" in sys.modules:
         from megatron.core import parallel_state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 
@@ -12,7 +13,11 @@ from engine.parallel.topology import Groups
 
 
 def ddp_config(cfg: Config, groups: Groups) -> DistributedDataParallelConfig:
-    """Gradients are summed in fp32; the reduction overlaps the backward pass where streams exist to overlap on."""
+    """Gradients are summed in fp32; the reduction overlaps the backward pass where streams exist to overlap on.
+
+    Muon shares whole matrices over data-parallel ranks by itself, and needs whole gradients, not slices of buckets.
+    """
+    sliced = cfg.parallel.distributed_optimizer and cfg.train.optimizer != "muon"
     overlap = cfg.parallel.overlap_grad_reduce
     if cfg.train.enable_oom_recovery:
         overlap = False  # ranks vote before the first reduction (engine/train/oom.py)
@@ -21,8 +26,8 @@ def ddp_config(cfg: Config, groups: Groups) -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and cfg.parallel.distributed_optimizer,
-        use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+        overlap_param_gather=overlap and sliced,
+        use_distributed_optimizer=sliced,
         check_for_nan_in_grad=False,  # the step itself refuses non-finite gradients, on all ranks alike
     )
 
@@ -49,6 +54,22 @@ def gather_parameters(chunks: list[Any]) -> None:
     for chunk in chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
+
+
+def gather_gradients(chunks: list[Any]) -> None:
+    """Completes every ``main_grad`` on every rank, after gradients were finalised and before the update.
+
+    With the distributed optimizer a rank holds the reduced gradients of its share of each bucket only. The shares stay
+    as they are, so the update that follows is the same.
+    """
+    for chunk in chunks:
+        if not isinstance(chunk, DistributedDataParallel) or not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        for bucket_group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            group = bucket_group.intra_distributed_optimizer_instance_group
+            for bucket in bucket_group.buckets:
+                share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
 
 
 def unwrap(module: Any) -> Any:

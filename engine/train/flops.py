@@ -18,14 +18,35 @@ _BF16_PEAK = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, 
 
 
 def flops_per_token(model: ModelConfig, seq_length: int, padded_vocab: int) -> float:
-    """Training FLOPs (forward and backward) a token at ``seq_length``."""
+    """Training FLOPs (forward and backward) a token at ``seq_length``; of experts those that a token goes to."""
     h, d = model.hidden_size, model.head_dim or model.hidden_size // model.num_attention_heads
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    projections = model.num_layers * (h * d * (heads + 2 * groups) + heads * d * h)
+    attention = 2 * heads * d * _keys(model, seq_length)  # q·k and p·v
+    return 6.0 * (projections + attention + _feed_forward(model) + h * padded_vocab)
+
+
+def _keys(model: ModelConfig, seq_length: int) -> float:
+    """Keys that a query sees on average, summed over layers: half the sequence, or nearly the window."""
+    windowed = 0
+    if model.window_size is not None:
+        every = model.full_attention_every
+        windowed = model.num_layers - (model.num_layers // every if every else 0)
+    window = min(model.window_size or seq_length, seq_length)
+    return (model.num_layers - windowed) * seq_length / 2 + windowed * window * (1 - window / (2 * seq_length))
+
+
+def _feed_forward(model: ModelConfig) -> int:
+    """Multiply-adds a token of all layers' feed-forward networks, routers included."""
+    h, moe = model.hidden_size, model.moe
     assert model.ffn_hidden_size is not None  # the configuration resolves it
-    projections = h * d * (heads + 2 * groups) + heads * d * h + 3 * h * model.ffn_hidden_size
-    attention = heads * d * seq_length  # q·k and p·v, each 2·s·d a head and token, half of it masked
-    per_token = model.num_layers * (2 * projections + 2 * attention) + 2 * h * padded_vocab
-    return 3.0 * per_token
+    dense = model.num_layers if moe is None else moe.num_dense_layers
+    total = dense * 3 * h * model.ffn_hidden_size
+    if moe is not None:
+        assert moe.ffn_hidden_size is not None
+        inner = moe.top_k * moe.ffn_hidden_size + (moe.shared_ffn_hidden_size or 0)
+        total += (model.num_layers - dense) * h * (3 * inner + moe.num_experts)
+    return total
 
 
 def _measured_cpu_peak(dtype: torch.dtype) -> float:

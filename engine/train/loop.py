@@ -57,8 +57,8 @@ class _Throughput:
 
 
 def _row(result: step.StepResult, state: TrainState, device: torch.device) -> dict[str, float]:
-    loss = result.sums.loss
-    return {
+    loss, router = result.sums.loss, result.sums.router
+    row = {
         "train/loss": loss,
         "train/perplexity": perplexity(loss),
         "train/accuracy": result.sums.accuracy,
@@ -70,6 +70,10 @@ def _row(result: step.StepResult, state: TrainState, device: torch.device) -> di
         "train/micro_batch_size": result.micro_batch_size,
         "train/consumed_tokens": state.consumed_tokens,
     }
+    if router is not None:
+        row |= {"train/aux_loss": router.aux_loss_l.mean().item(), "train/z_loss": router.z_loss_l.mean().item(),
+                "train/expert_load_max": router.expert_load_max}
+    return row
 
 
 def _validate(evaluate: Callable[[], dict], state: TrainState, *, saved_too: bool) -> dict[str, float]:

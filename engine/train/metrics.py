@@ -9,6 +9,12 @@ The names, the same for every architecture and stage (FEATURES 5.2; others, such
     train/tokens_per_sec      tokens/s, all ranks             train/consumed_tokens    tokens since step 0
     train/mfu                 share of the peak, 0 to 1       val/loss, val/perplexity, val/accuracy   as train/*
 
+and of models with experts, over the global batch:
+
+    train/aux_loss            balance loss, mean over layers, before its coefficient: 1 when tokens are spread evenly
+    train/z_loss              mean square of the log of the summed exponentials of router logits, mean over layers
+    train/expert_load_max     tokens of the busiest expert over those of an even spread, in the worst layer
+
 metrics.jsonl is the source of truth: one object a line, ``step`` first. JSON has no NaN or infinity, so those are
 written as the strings "NaN", "Infinity" and "-Infinity", which ``float()`` in Python and ``Number()`` in JavaScript
 read back (null would not say which of them it was). metrics.csv is rewritten from it at a resume, and whenever a new

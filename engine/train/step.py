@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.distributed import finalize_model_grads
 
 from engine.config import Config
-from engine.model import forward
+from engine.model import forward, moe
 from engine.parallel.topology import Groups
 from engine.train import oom, schedules
 from engine.train import optimizer as optim
@@ -67,6 +67,8 @@ def run(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: 
     if not math.isfinite(sums.loss_sum) and chunks[0].config.grad_scale_func is None:
         raise optim.NonFiniteError(f"loss is {sums.loss_sum}")  # gradients can be finite where a loss is not
     stepped, grad_norm = optim.step(optimizer)
+    if stepped and sums.router is not None:
+        moe.update_expert_bias(chunks, sums.router)
     state.step += 1
     state.consumed_tokens += batch_size * length
     state.consumed_samples += batch_size

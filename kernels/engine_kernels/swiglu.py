@@ -23,6 +23,20 @@ def swiglu_reference(x_n2f: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(x_n2f.dtype)
 
 
+def clamped_swiglu(x_n2f: Tensor, *, limit: float = 7.0, alpha: float = 1.702) -> Tensor:
+    """(up + 1) * gate * sigmoid(alpha * gate), gate clamped to at most ``limit``, up to [-limit, limit]: GPT-OSS's.
+
+    [..., 2 f] -> [..., f], gate in the first half and up in the second (GPT-OSS's own weights interleave them; source:
+    its torch/model.py). Plain torch, in fp32 (fp64 for fp64 input). Raises ValueError if the last dimension is odd.
+    """
+    if x_n2f.shape[-1] % 2:
+        raise ValueError(f"clamped_swiglu: the last dimension must be even, got {x_n2f.shape[-1]}")
+    wide = x_n2f if x_n2f.dtype == torch.float64 else x_n2f.float()
+    gate, up = wide.chunk(2, -1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return ((up + 1) * gate * torch.sigmoid(alpha * gate)).to(x_n2f.dtype)
+
+
 @torch.library.custom_op("engine_kernels::swiglu_fwd", mutates_args=(), device_types="cpu")
 def _forward(x: Tensor) -> Tensor:
     """[..., 2 f] -> [..., f], contiguous."""

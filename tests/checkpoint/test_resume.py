@@ -152,14 +152,6 @@ def test_another_model_is_refused_in_words_of_the_configuration(saved, config, c
         other.load(path)
 
 
-@pytest.mark.parametrize("change", [{"train__precision": "bf16"}, {"parallel__distributed_optimizer": True}])
-def test_another_form_of_optimizer_state_is_refused(saved, config, change):
-    _, path = saved
-    other, name = tiny.start(config(**change)), next(iter(change)).replace("__", ".")
-    with pytest.raises(UserError, match=f"was saved with {name}"):
-        other.load(path)
-
-
 def test_another_tokenizer_or_vocabulary_is_refused(saved):
     run, path = saved
     for identity in ({"tokenizer_sha256": "another"}, {"vocab_size": tiny.VOCAB - 1}):

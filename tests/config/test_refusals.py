@@ -145,21 +145,21 @@ REFUSALS = [
      "data.blend: data.path and data.blend are both set. Keep one; put the path into the blend with its weight"),
     ({"data": {"blend": [{"path": "b"}, {"path": "b"}]}},
      "data.blend.1.path: b is listed twice. Merge the two entries into one weight"),
-    # not built yet
-    ({"model": MOE}, "model.moe: the engine cannot run this yet. Set it to null"),
-    ({"model": {"yarn": {}}}, "model.yarn: the engine cannot run this yet. Set it to null"),
-    ({"model": {"activation": "clamped_swiglu"}}, "model.activation: the engine cannot run this yet. Set it to swiglu"),
-    ({"model": {"linear_bias": True}}, "model.linear_bias: the engine cannot run this yet. Set it to false"),
-    ({"model": {"attention_sinks": True}}, "model.attention_sinks: the engine cannot run this yet. Set it to false"),
-    ({"model": {"window_size": 128}}, "model.window_size: the engine cannot run this yet. Set it to null"),
-    ({"parallel": {"context": 2}}, "parallel.context: the engine cannot run this yet. Set it to 1"),
+    # experts and what only some backends have
+    ({"model": {**MOE, "linear_bias": True, "moe": {"shared_ffn_hidden_size": 64}}},
+     "model.moe.shared_ffn_hidden_size: a shared expert has no biases, but model.linear_bias is true. "
+     "Set it to null, or model.linear_bias to false"),
+    ({"model": {**MOE, "backend": "te"}},
+     "model.backend: te does not have this engine's model.moe. Use backend engine"),
+    ({"model": {"activation": "clamped_swiglu", "backend": "te"}},
+     "model.backend: te does not have this engine's model.activation. Use backend engine"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("sections", "message"), REFUSALS, ids=[message.partition(":")[0] for _, message in REFUSALS])
 def test_contradictions(sections, message):
     with pytest.raises(UserError) as caught:
-        Config.model_validate(sections, context={"allow_not_built": "cannot run this yet" not in message})
+        Config.model_validate(sections)
     first = str(caught.value)
     assert re.sub(r" \(and \d+ more\)$", "", first) == message
 

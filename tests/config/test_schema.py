@@ -14,10 +14,6 @@ from engine.config.parameters import padded_vocab_size
 from engine.errors import UserError
 
 
-def planned(**sections) -> Config:
-    return Config.model_validate(sections, context={"allow_not_built": True})
-
-
 def test_defaults():
     cfg = Config()
     assert cfg.output_dir == Path("runs/default")
@@ -51,7 +47,7 @@ def test_derived_sizes():
     assert (model.num_query_groups, model.head_dim, model.ffn_hidden_size) == (12, 64, 2048)
     assert ModelConfig(hidden_size=512, num_attention_heads=8).ffn_hidden_size == 1408  # 1365.3 rounded up to 64
     assert ModelConfig(hidden_size=256, num_attention_heads=4, num_query_groups=2, head_dim=96).head_dim == 96
-    moe = planned(model={"ffn_hidden_size": 512, "moe": {"num_experts": 4}}).model.moe
+    moe = Config(model={"ffn_hidden_size": 512, "moe": {"num_experts": 4}}).model.moe
     assert moe is not None
     assert moe.ffn_hidden_size == 512
 
@@ -79,10 +75,10 @@ def test_a_preset_fills_what_is_not_set():
     model = Config(model={"preset": "7B", "num_layers": 2, "vocab_size": None}).model
     assert (model.preset, model.num_layers, model.hidden_size, model.num_query_groups) == ("7b", 2, 4096, 8)
     assert (model.seq_length, model.vocab_size, model.tie_embeddings) == (4096, None, False)
-    moe = planned(model={"preset": "20b-moe", "moe": {"top_k": 2}}).model.moe
+    moe = Config(model={"preset": "20b-moe", "moe": {"top_k": 2}}).model.moe
     assert moe is not None
     assert (moe.num_experts, moe.top_k, moe.ffn_hidden_size) == (32, 2, 2880)
-    assert planned(model={"preset": "20b_moe", "moe": None}).model.moe is None
+    assert Config(model={"preset": "20b_moe", "moe": None}).model.moe is None
 
 
 def test_changing_the_preset_later_replaces_what_it_filled():
@@ -94,18 +90,20 @@ def test_changing_the_preset_later_replaces_what_it_filled():
 # small is 10.6M and 19.3M of embedding.
 @pytest.mark.parametrize(("name", "stated", "tolerance"), [
     ("small", 25e6, 0.2), ("medium", 50e6, 0.05), ("large", 125e6, 0.05), ("xl", 300e6, 0.06), ("1b", 1e9, 0.08),
-    ("3b", 3e9, 0.05), ("7b", 7e9, 0.06), ("8b", 8e9, 0.01), ("20b_moe", 20e9, 0.05), ("70b", 70e9, 0.01)])  # fmt: skip
+    ("3b", 3e9, 0.05), ("7b", 7e9, 0.06), ("8b", 8e9, 0.01), ("20b_moe", 20e9, 0.05), ("70b", 70e9, 0.01),
+    ("mixtral_8x7b", 46.7e9, 0.001), ("qwen3_30b_a3b", 30.5e9, 0.002)])  # fmt: skip
 def test_preset_sizes(name, stated, tolerance):
-    model = planned(model={"preset": name}).model
+    model = Config(model={"preset": name}).model
     assert parameter_count(model, vocab_size=50257) == pytest.approx(stated, rel=tolerance)
 
 
 @pytest.mark.parametrize(("name", "layers", "hidden", "heads", "groups", "context"), [
     ("small", 6, 384, 6, 6, 1024), ("medium", 8, 512, 8, 8, 1024), ("large", 12, 768, 12, 12, 1024),
     ("xl", 24, 1024, 16, 4, 2048), ("7b", 32, 4096, 32, 8, 4096), ("8b", 32, 4096, 32, 8, 8192),
-    ("20b_moe", 24, 2880, 64, 8, 4096), ("70b", 80, 8192, 64, 8, 8192)])  # fmt: skip
+    ("20b_moe", 24, 2880, 64, 8, 4096), ("70b", 80, 8192, 64, 8, 8192), ("mixtral_8x7b", 32, 4096, 32, 8, 4096),
+    ("qwen3_30b_a3b", 48, 2048, 32, 4, 4096)])  # fmt: skip
 def test_preset_shapes(name, layers, hidden, heads, groups, context):
-    m = planned(model={"preset": name}).model
+    m = Config(model={"preset": name}).model
     assert (m.num_layers, m.hidden_size, m.num_attention_heads, m.num_query_groups, m.seq_length) == (
         layers,
         hidden,
@@ -116,11 +114,14 @@ def test_preset_shapes(name, layers, hidden, heads, groups, context):
 
 
 def test_published_parameter_counts():
-    counts = {name: parameter_count(planned(model={"preset": name}).model) for name in ("8b", "70b", "20b_moe")}
-    assert counts == {"8b": 8_030_261_248, "70b": 70_553_706_496, "20b_moe": 20_914_757_184}
-    gpt_oss = planned(model={"preset": "20b_moe"}).model
+    counts = {name: parameter_count(Config(model={"preset": name}).model) for name in ("8b", "70b", "20b_moe", "mixtral_8x7b", "qwen3_30b_a3b")}
+    assert counts == {"8b": 8_030_261_248, "70b": 70_553_706_496, "20b_moe": 20_914_757_184,
+                      "mixtral_8x7b": 46_702_792_704, "qwen3_30b_a3b": 30_532_122_624}
+    gpt_oss = Config(model={"preset": "20b_moe"}).model
     embedding = 201088 * 2880
     assert parameter_count(gpt_oss, active=True) - embedding == pytest.approx(3.61e9, rel=0.01)
+    for name, active in (("mixtral_8x7b", 12.9e9), ("qwen3_30b_a3b", 3.3e9)):
+        assert parameter_count(Config(model={"preset": name}).model, active=True) == pytest.approx(active, rel=0.02)
 
 
 def test_parameter_count_by_hand():
@@ -145,8 +146,8 @@ def test_parameter_count_by_hand():
 
 @pytest.mark.parametrize("tensor", [1, 2, 4, 8])
 def test_fixed_vocabularies_are_padded_alike_under_every_tensor_size(tensor):
-    for name in ("7b", "8b", "20b_moe", "70b"):
-        model = planned(model={"preset": name}).model
+    for name in ("7b", "8b", "20b_moe", "70b", "mixtral_8x7b", "qwen3_30b_a3b"):
+        model = Config(model={"preset": name}).model
         assert model.vocab_size is not None
         assert padded_vocab_size(model, model.vocab_size, tensor) == model.vocab_size
     assert padded_vocab_size(ModelConfig(), 50257) == 50304
@@ -189,7 +190,7 @@ def test_data_parallel_size(parallel, world, data_parallel):
 
 
 def test_data_parallel_size_with_experts():
-    cfg = planned(model={"moe": {"num_experts": 8}}, parallel={"expert": 4})
+    cfg = Config(model={"moe": {"num_experts": 8}}, parallel={"expert": 4})
     assert cfg.data_parallel_size(8) == 8
     with pytest.raises(
         UserError,

@@ -177,19 +177,10 @@ def launch(script: Path, world: int, *args: object, timeout: float = 240) -> lis
 
 
 def forget_layout() -> None:
-    """Destroys Megatron's groups, so that the same processes can build another layout. Each has threads of its own that
-    poll: of twenty layouts they would leave no processor time for the twenty-first."""
-    import gc
+    """Destroys Megatron's groups, so that the same processes can build another layout."""
+    from engine.parallel import topology
 
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
-    gc.collect()  # runs that are over hold their groups
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+    topology.forget()
 
 
 def unwrapped(run: Run) -> Any:

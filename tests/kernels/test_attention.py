@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -65,6 +66,95 @@ def test_every_instruction_set(instruction_set, dtype):
        dtype=st.sampled_from(DTYPES))
 def test_any_shape(b, g, m, s, d, dtype):
     assert_accurate(inputs(b, g * m, g, s, d, dtype))
+
+
+def seen_by(function, window, with_sinks):
+    """`function` and the formula, each as a function of q, k, v and the sinks."""
+    def ours(q, k, v, sinks):
+        return function(q, k, v, window=window, sinks=sinks if with_sinks else None)
+
+    def exact(q, k, v, sinks):
+        return causal_attention_reference(q, k, v, q.shape[-1] ** -0.5, window, sinks if with_sinks else None)
+
+    return ours, exact
+
+
+def gradients(function, inputs, dout):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    out.backward(dout)
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def assert_sees_the_same(function, b, h, g, s, t, d, window, with_sinks, dtype):
+    """Values and gradients, sinks' included, against the formula in float64; relative to the largest of them."""
+    inputs = [torch.randn(shape).to(dtype) for shape in ((b, h, s, d), (b, g, t, d), (b, g, t, d), (h,))]
+    dout = torch.randn(b, h, s, d).to(dtype)
+    ours, exact = seen_by(function, window, with_sinks)
+    expected = gradients(exact, [x.double() for x in inputs], dout.double())
+    found = gradients(ours, inputs, dout)
+    assert len(found) == len(expected) == (5 if with_sinks else 4)
+    largest = max(e.norm() for e in expected)
+    for x, e in zip(found, expected, strict=True):
+        assert x.shape == e.shape
+        assert (x.double() - e).norm() <= WORST[dtype] * largest
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("b", "h", "g", "s", "t", "d", "window", "with_sinks"), [
+    (2, 4, 2, 65, 200, 33, None, False),  # a chunk of a sequence against what precedes it
+    (1, 2, 1, 64, 128, 64, None, True),
+    (2, 2, 1, 1, 77, 8, None, True),  # generation
+    (1, 4, 2, 130, 130, 40, 5, False),  # windows within a tile, across tiles, of whole tiles
+    (1, 2, 1, 130, 263, 16, 70, True),
+    (1, 2, 2, 200, 200, 16, 64, True),
+    (1, 2, 2, 10, 300, 16, 1, True),
+    (1, 2, 1, 63, 64, 8, 1000, False),  # wider than the sequence
+])
+def test_queries_at_the_end_windows_and_sinks(instruction_set, dtype, b, h, g, s, t, d, window, with_sinks):
+    assert_sees_the_same(kernel, b, h, g, s, t, d, window, with_sinks, dtype)
+
+
+@settings(max_examples=30, deadline=None)
+@given(g=st.integers(1, 2), m=st.integers(1, 3), s=st.integers(1, 150), before=st.integers(0, 150),
+       d=st.integers(1, 70), window=st.none() | st.integers(1, 200), with_sinks=st.booleans())
+def test_any_window_anywhere(g, m, s, before, d, window, with_sinks):
+    assert_sees_the_same(kernel, 1, g * m, g, s, s + before, d, window, with_sinks, torch.float32)
+
+
+@pytest.mark.parametrize(("s", "t"), [(300, 300), (300, 700), (513, 530), (20, 90), (1, 50)])
+@pytest.mark.parametrize("window", [None, 1, 100, 130])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_torch_with_windows_and_sinks(s, t, window, with_sinks):
+    """Long sequences go by blocks, short ones by a mask."""
+    assert_sees_the_same(partial(causal_attention, impl="torch"), 2, 4, 2, s, t, 16, window, with_sinks, torch.float32)
+
+
+def test_a_window_costs_no_quadratic_memory():
+    q, k, v, _ = inputs(1, 1, 1, 1 << 15, 8, torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        causal_attention(q, k, v, window=64, impl="torch")
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 200 << 20  # a mask of [s, s] alone would be 1 GiB
+
+
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+def test_a_sink_takes_what_its_logit_says(impl):
+    """Against a single key of score 0, a sink of logit ln 3 takes three quarters; a very low one takes nothing."""
+    q, k, v = torch.zeros(1, 2, 1, 4), torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4)
+    sinks = torch.tensor([math.log(3.0), -60.0])
+    out = causal_attention(q, k, v, sinks=sinks, impl=impl)
+    torch.testing.assert_close(out[0, 0], v[0, 0] / 4)
+    torch.testing.assert_close(out[0, 1], v[0, 0])
+
+
+def test_dropout_keeps_the_mean():
+    q, k, v, _ = inputs(1, 1, 1, 40, 8, torch.float32)
+    exact = causal_attention(q, k, v, window=7)
+    torch.manual_seed(0)
+    many = torch.stack([causal_attention(q, k, v, window=7, dropout=0.3) for _ in range(400)])
+    assert many.std(0).max() > 0.1
+    assert (many.mean(0) - exact).abs().max() < 6 * many.std(0).max() / 20
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,9 +231,11 @@ def test_gradients_do_not_depend_on_the_number_of_threads():
 def test_torch_library_contract_and_compile():
     q, k, v, dout = inputs(1, 2, 1, 10, 8, torch.float32)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(torch.ops.engine_kernels.causal_attention_fwd.default, (*leaves, 0.3))
-    out, lse = torch.ops.engine_kernels.causal_attention_fwd(q, k, v, 0.3)
-    torch.library.opcheck(torch.ops.engine_kernels.causal_attention_bwd.default, (dout, q, k, v, out, lse, 0.3))
+    sinks = torch.randn(2, requires_grad=True)
+    for options in ((None, 0.3, 10), (sinks, 0.3, 4)):
+        torch.library.opcheck(torch.ops.engine_kernels.causal_attention_fwd.default, (*leaves, *options))
+    out, lse = torch.ops.engine_kernels.causal_attention_fwd(q, k, v, None, 0.3, 10)
+    torch.library.opcheck(torch.ops.engine_kernels.causal_attention_bwd.default, (dout, q, k, v, out, lse, 0.3, 10))
     compiled = torch.compile(kernel, backend="aot_eager", fullgraph=True)
     assert all(map(torch.equal, results(compiled, q, k, v, dout), results(kernel, q, k, v, dout)))
 
@@ -151,5 +243,8 @@ def test_torch_library_contract_and_compile():
 def test_shapes_that_do_not_fit_are_named():
     q = torch.randn(1, 4, 6, 8)
     for k, v in ((q[:, :3], q[:, :3]), (q[:, :2], q[:, :1]), (q[:, :2, :5], q[:, :2, :5])):
-        with pytest.raises(ValueError, match="g dividing h"):
+        with pytest.raises(ValueError, match="g dividing h and s <= t"):
             causal_attention(q, k, v)
+    for options in ({"window": 0}, {"sinks": torch.zeros(2)}):
+        with pytest.raises(ValueError, match="one for each of 4 heads"):
+            causal_attention(q, q, q, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hugging_face
 import pytest
 import tiny
 import torch
@@ -69,35 +70,6 @@ def test_loss_is_that_of_the_logits(config):
     assert out[1].item() == ((logits_bsv.argmax(-1) == labels_bs) & (mask_bs > 0)).sum().item()
 
 
-def as_hugging_face(weights: dict[str, torch.Tensor], cfg) -> dict[str, torch.Tensor]:
-    """Megatron's fused matrices under the names of Llama and Qwen, padding rows left out."""
-    m = cfg.model
-    per_group = m.num_attention_heads // m.num_query_groups
-    found = {"model.embed_tokens.weight": weights["embedding.word_embeddings.weight"],
-             "model.norm.weight": weights["decoder.final_layernorm.weight"]}
-    found["lm_head.weight"] = weights.get("output_layer.weight", found["model.embed_tokens.weight"])
-    for i in range(m.num_layers):
-        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
-        for kind in ("weight", "bias"):
-            if (fused := weights.get(f"{ours}self_attention.linear_qkv.{kind}")) is not None:
-                grouped = fused.unflatten(0, (m.num_query_groups, per_group + 2, m.head_dim))
-                q, k, v = grouped[:, :per_group], grouped[:, per_group : per_group + 1], grouped[:, per_group + 1 :]
-                for name, part in (("q", q), ("k", k), ("v", v)):
-                    found[f"{theirs}self_attn.{name}_proj.{kind}"] = part.flatten(0, 2)
-        gate, up = weights[f"{ours}mlp.linear_fc1.weight"].chunk(2)
-        found |= {
-            f"{theirs}input_layernorm.weight": weights[f"{ours}input_layernorm.weight"],
-            f"{theirs}post_attention_layernorm.weight": weights[f"{ours}pre_mlp_layernorm.weight"],
-            f"{theirs}self_attn.o_proj.weight": weights[f"{ours}self_attention.linear_proj.weight"],
-            f"{theirs}mlp.gate_proj.weight": gate, f"{theirs}mlp.up_proj.weight": up,
-            f"{theirs}mlp.down_proj.weight": weights[f"{ours}mlp.linear_fc2.weight"],
-        }
-        for name in ("q", "k"):
-            if (norm := weights.get(f"{ours}self_attention.{name}_layernorm.weight")) is not None:
-                found[f"{theirs}self_attn.{name}_norm.weight"] = norm
-    return found
-
-
 @pytest.mark.parametrize(("family", "changes"), [
     ("Llama", {}),
     ("Llama", {"model__tie_embeddings": False, "model__num_query_groups": 4, "model__rotary_base": 500000.0,
@@ -107,21 +79,12 @@ def as_hugging_face(weights: dict[str, torch.Tensor], cfg) -> dict[str, torch.Te
     ("Qwen3", {"model__qk_norm": True}),
 ])
 def test_equals_transformers(config, family, changes):
-    import transformers
-
     cfg = config(**changes)
     m, model = cfg.model, bare_model(cfg)
     with torch.no_grad():  # norms and biases must be seen as well
         for i, p in enumerate(p for p in model.parameters() if p.dim() == 1):
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    settings = getattr(transformers, f"{family}Config")(
-        vocab_size=tiny.VOCAB, hidden_size=m.hidden_size, intermediate_size=m.ffn_hidden_size,
-        num_hidden_layers=m.num_layers, num_attention_heads=m.num_attention_heads, head_dim=m.head_dim,
-        num_key_value_heads=m.num_query_groups, max_position_embeddings=m.seq_length, rms_norm_eps=m.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": m.rotary_base}, tie_word_embeddings=m.tie_embeddings)
-    theirs = getattr(transformers, f"{family}ForCausalLM")(settings).eval()
-    weights = whole.assemble([whole.parts([model])], tiny.VOCAB)
-    theirs.load_state_dict(as_hugging_face(weights, cfg), strict=True)
+    theirs = hugging_face.model(family, whole.assemble([whole.parts([model])], tiny.VOCAB), m, vocab_size=tiny.VOCAB)
     with torch.no_grad():
         expected = theirs(batch()[0]).logits
     found = logits(model)[..., : tiny.VOCAB]

@@ -1,0 +1,67 @@
+"""Tiny models with experts, and what three steps of one leave behind: shared by tests and their ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tiny
+import torch
+
+from engine.config import Config
+
+# What a layout could break besides: routers of every kind, their bias, shared experts, dense layers first, biases.
+SHAPES: dict[str, dict[str, Any]] = {
+    "mixtral": {"model__moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 48, "z_loss_coeff": 1e-2,
+                               "aux_loss_coeff": 0.1}},
+    "deepseek": {"model__moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 24, "shared_ffn_hidden_size": 40,
+                                "num_dense_layers": 1, "router": "sigmoid", "expert_bias": True,
+                                "expert_bias_update_rate": 0.05, "scaling_factor": 2.5, "aux_loss_coeff": 0.1}},
+    "gpt_oss": {"model__moe": {"num_experts": 4, "top_k": 3, "ffn_hidden_size": 48, "aux_loss_coeff": 0.1},
+                "model__linear_bias": True, "model__activation": "clamped_swiglu"},
+    "switch": {"model__moe": {"num_experts": 4, "top_k": 1, "router": "softmax_before_topk", "z_loss_coeff": 1e-2}},
+}
+
+
+def three_steps(cfg: Config) -> dict[str, Any]:
+    """Losses, norms and router statistics of each step; the first's gradients; weights and biases after the last.
+
+    Everything of the unsplit model, the same on every rank. Loss masks are uneven.
+    """
+    from engine.model import moe
+
+    run = tiny.start(cfg, masked=True)
+    results, gradients = [], None
+    for _ in range(3):
+        results.append(run.step())
+        if gradients is None and not cfg.parallel.distributed_optimizer:  # which leaves each rank a part of the sums
+            gradients = tiny.whole_weights(run, lambda p: p.main_grad)
+    routers = [result.sums.router for result in results]
+    assert all(stats is not None for stats in routers)
+    return {"losses": [r.sums.loss for r in results], "tokens": [r.sums.tokens for r in results],
+            "norms": [r.grad_norm for r in results],
+            "counts": torch.stack([s.tokens_per_expert_le for s in routers if s]),
+            "router": torch.stack([torch.stack([s.aux_loss_l, s.z_loss_l]) for s in routers if s]),
+            "gradients": gradients, "weights": tiny.whole_weights(run),
+            "expert_bias": {i: r.expert_bias.clone() for i, r in moe.routers(run.chunks) if r.expert_bias is not None}}
+
+
+def _errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    return {name: ((found[name].double() - value.double()).norm() / (value.double().norm() + 1e-30)).item()
+            for name, value in expected.items()}
+
+
+def differences(found: dict, expected: dict, bound: float, tensors: float | None = None) -> list[str]:
+    """What of ``three_steps`` is off by more than ``bound``; a tensor, by more than ``tensors``, of its own norm."""
+    tensors = bound if tensors is None else tensors
+    wrong = [] if found["tokens"] == expected["tokens"] else [f"tokens {found['tokens']} for {expected['tokens']}"]
+    for name in ("losses", "norms"):
+        numbers = {name: torch.tensor(found[name])}, {name: torch.tensor(expected[name])}
+        wrong += [f"{name} {found[name]} for {expected[name]}" for error in _errors(*numbers).values() if error > bound]
+    if (found["router"] - expected["router"]).abs().max() > bound:
+        wrong.append(f"router losses {found['router']} for {expected['router']}")
+    for kind in ("gradients", "weights"):
+        if found[kind] is not None and expected[kind] is not None:
+            wrong += [f"{kind}: {name} is off by {error:.1e}"
+                      for name, error in _errors(found[kind], expected[kind]).items() if not error <= tensors]
+    return wrong
