@@ -1,12 +1,12 @@
 """Whole parameters shared out over data-parallel ranks: the owner alone updates one and keeps its state.
 
 Every rank has the whole gradient (Megatron's buffers are all-reduced), so that an owner needs nothing to begin with;
-afterwards it broadcasts the new weights. Per rank that receives each parameter once in a step, as many bytes as the
-distributed optimizer's all-gather.
+afterwards it broadcasts the new weights: as many bytes as the distributed optimizer's all-gather.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-BUCKET = 64 * 2**20  # bytes of a broadcast; one from each owner is under way at a time
+BUCKET, WINDOW = 64 * 2**20, 4  # bytes of a broadcast, and how many are under way
 
 
 @dataclass(frozen=True)
@@ -73,25 +73,24 @@ def balance(costs: list[float], ranks: int) -> list[list[int]]:
 
 
 def _broadcast(group: Any, params: list[list[Any]]) -> None:
-    """Rounds of one bucket from each owner that has any left, all under way at once."""
-    ranks = dist.get_process_group_ranks(group)
-    queues = [_buckets(owned) for owned in params]
-    for i in range(max(map(len, queues))):
-        running = []
-        for rank, queue in enumerate(queues):
-            if i >= len(queue):
-                continue
-            bucket, mine = queue[i], rank == group.rank()
-            if mine:
-                flat = torch.cat([p.detach().flatten() for p in bucket])
-            else:
-                flat = torch.empty(sum(p.numel() for p in bucket), dtype=bucket[0].dtype, device=bucket[0].device)
-            running.append((dist.broadcast(flat, src=ranks[rank], group=group, async_op=True), flat, bucket, mine))
-        for work, flat, bucket, mine in running:
+    """The owners take turns, so that none waits for another to send all of its own; WINDOW buckets are under way."""
+    turns = itertools.zip_longest(*(_buckets(owned) for owned in params))
+    buckets = [(rank, bucket) for turn in turns for rank, bucket in enumerate(turn) if bucket]
+    for i in range(0, len(buckets), WINDOW):
+        for work, flat, rank, bucket in [_start(group, *one) for one in buckets[i : i + WINDOW]]:
             work.wait()
-            if not mine:
+            if rank != group.rank():
                 for p, values in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                     p.copy_(values.view(p.shape))
+
+
+def _start(group: Any, rank: int, bucket: list[Any]) -> tuple[Any, torch.Tensor, int, list[Any]]:
+    if rank == group.rank():
+        flat = torch.cat([p.detach().flatten() for p in bucket])
+    else:
+        flat = torch.empty(sum(p.numel() for p in bucket), dtype=bucket[0].dtype, device=bucket[0].device)
+    source = dist.get_global_rank(group, rank)
+    return dist.broadcast(flat, src=source, group=group, async_op=True), flat, rank, bucket
 
 
 def _buckets(params: list[Any]) -> list[list[Any]]:

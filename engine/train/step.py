@@ -39,6 +39,8 @@ def prepare(chunks: list[Any], cfg: Config, groups: Groups) -> None:
         settings.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
         if len(chunks) > 1:
             settings.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+            if chunks[0].ddp_config.overlap_param_gather:
+                settings.param_sync_func = [chunk.start_param_sync for chunk in chunks]
 
 
 def run(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: TrainState) -> StepResult:

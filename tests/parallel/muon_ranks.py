@@ -22,11 +22,11 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def three_steps(cfg, changes: dict | None = None) -> dict:
     """Losses, gradient norms, the whole model's weights, and how many numbers of state the ranks hold.
 
-    ``changes``: attributes of engine.train.newton_schulz meanwhile.
+    ``changes``: constants in engine.train meanwhile.
     """
     with contextlib.ExitStack() as stack:
         for name, value in (changes or {}).items():
-            stack.enter_context(mock.patch.object(ns, name, value))
+            stack.enter_context(mock.patch(f"engine.train.{name}", value))
         run = tiny.start(cfg, masked=True)
         results = [run.step() for _ in range(3)]
     return {"losses": [r.sums.loss for r in results], "norms": [r.grad_norm for r in results],

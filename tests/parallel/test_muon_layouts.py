@@ -9,14 +9,13 @@ import pytest
 import tiny
 import torch
 
-COMMON = {"train__optimizer": "muon", "model__num_layers": 4, "train__global_batch_size": 8, "train__eps": 1e-5,
-          "train__clip_grad": 0.5}
+COMMON = {"train__optimizer": "muon", "train__global_batch_size": 8, "train__eps": 1e-5, "train__clip_grad": 0.5}
 MOE = {"model__moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 24, "shared_ffn_hidden_size": 40,
                       "num_dense_layers": 1}}
 BIASES = {"model__moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 24}, "model__linear_bias": True}
 SHAPES = {
     "plain": {},
-    "untied": {"model__tie_embeddings": False, "model__qk_norm": True, "train__clip_grad": 0.0},
+    "untied": {"model__num_layers": 4, "model__tie_embeddings": False, "model__qk_norm": True, "train__clip_grad": 0.0},
     "one_group": {"model__num_query_groups": 1, "model__attention_bias": True},
     "bf16": {"train__precision": "bf16"},
     "moe": MOE,
@@ -24,23 +23,21 @@ SHAPES = {
 }
 TP2, SP = {"parallel__tensor": 2}, {"parallel__sequence_parallel": True}
 # What Newton–Schulz is made to think of communication: dear beyond measure, so that Gram matrices never pay, or free.
-GATHER, GRAM = {"FLOPS_A_BYTE": 1e9}, {"FLOPS_A_BYTE": 0}
-# name: (shape of the model, layout, changes of engine.train.newton_schulz)
+GATHER, GRAM = {"newton_schulz.FLOPS_A_BYTE": 1e9}, {"newton_schulz.FLOPS_A_BYTE": 0}
+# name: (shape of the model, layout, changes of constants in engine.train)
 TWO_RANKS = {
-    "tp2": ("plain", TP2, {}),
-    "tp2_gram": ("plain", TP2, GRAM),
     "tp2_gather": ("plain", TP2, GATHER),
+    "tp2_gram": ("plain", TP2, GRAM),
     "tp2_sp": ("untied", TP2 | SP, {}),
     "tp2_one_group": ("one_group", TP2, {}),
     "pp2": ("plain", {"parallel__pipeline": 2}, {}),
     "pp2_interleaved": ("untied", {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}, {}),
-    "dp2": ("plain", {}, {}),
+    "dp2": ("plain", {}, {"ownership.BUCKET": 4096}),  # many broadcasts
     "dp2_overlap": ("untied", {"parallel__overlap_grad_reduce": True, "parallel__distributed_optimizer": True}, {}),
     "dp2_bf16": ("bf16", {}, {}),
     "cp2": ("plain", {"parallel__context": 2}, {}),
     "dp2_moe": ("moe", {}, {}),
     "ep2": ("moe", {"parallel__expert": 2}, {}),
-    "tp2_sp_moe": ("moe", TP2 | SP, {}),
     "tp2_sp_moe_gram": ("moe", TP2 | SP, GRAM),
     "expert_biases": ("expert_biases", TP2 | SP | {"parallel__expert_tensor": 1, "parallel__expert": 2}, {}),
 }

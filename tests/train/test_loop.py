@@ -159,3 +159,10 @@ def test_flops_by_hand(config):
     attention = 2 * 32 * 16 / 2  # q·k and p·v over half of 16 keys
     expected = 3 * (2 * 2 * (qkv + out + mlp + attention) + 2 * 32 * 384)
     assert flops_per_token(config().model, 16, 384) == expected
+    # the second layer: a router, 2 of 4 experts of 24 and a shared one of 40; the first sees a window of 4 keys
+    experts = 4 * 32 + 3 * 32 * (2 * 24 + 40)
+    pairs = 4 * 16 - 4 * 4 / 2
+    shape = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 24, "shared_ffn_hidden_size": 40, "num_dense_layers": 1}
+    cfg = config(model__moe=shape, model__window_size=4, model__full_attention_every=2)
+    expected += 3 * 2 * (experts - mlp) + 3 * 2 * 2 * 32 * (pairs / 16 - 16 / 2)
+    assert flops_per_token(cfg.model, 16, 384) == expected

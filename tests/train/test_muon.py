@@ -9,9 +9,8 @@ import tiny
 import torch
 
 from engine.config.presets import PRESETS
-from engine.train import muon, muon_matrices
+from engine.train import muon, muon_matrices, ownership
 from engine.train.optimizer import NonFiniteError
-from engine.train.ownership import balance
 
 MUON = {"train__optimizer": "muon"}
 
@@ -173,7 +172,7 @@ def test_every_preset_s_hidden_matrices_go_to_muon_and_nothing_else(config, pres
     small = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 8,
              "ffn_hidden_size": 48, "seq_length": 16, "vocab_size": tiny.VOCAB}
     if "moe" in PRESETS[preset]:
-        small["moe"] = {"num_experts": 4, "ffn_hidden_size": 24}
+        small["moe"] = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 24}
         if not PRESETS[preset].get("linear_bias"):
             small["moe"]["shared_ffn_hidden_size"] = 40
     cfg = config(**MUON, model={"preset": preset} | small)
@@ -198,11 +197,21 @@ def test_an_unknown_matrix_is_not_put_anywhere(config):
 
 def test_owners_have_about_equal_work_and_every_parameter_one():
     costs = [100.0, 1.0, 50.0, 30.0, 30.0, 20.0, 20.0, 20.0, 20.0, 2.0, 3.0, 4.0]
-    shares = balance(costs, 3)
+    shares = ownership.balance(costs, 3)
     assert sorted(i for share in shares for i in share) == list(range(len(costs)))
     loads = [sum(costs[i] for i in share) for share in shares]
     assert max(loads) == 100.0  # no more than the costliest alone
-    assert balance([5.0, 5.0], 4) == [[0], [1], [], []]
+    assert ownership.balance([5.0, 5.0], 4) == [[0], [1], [], []]
+
+
+def test_buckets_hold_one_dtype_and_no_more_than_their_limit(monkeypatch):
+    monkeypatch.setattr(ownership, "BUCKET", 64)
+    params = [torch.empty(n, dtype=dtype) for n, dtype in (
+        (8, torch.float32), (8, torch.bfloat16), (8, torch.float32), (1, torch.float32), (40, torch.float32))]
+    found = ownership._buckets(params)
+    assert [[p.numel() for p in bucket] for bucket in found] == [[8], [8, 8], [1], [40]]
+    assert all(len({p.dtype for p in bucket}) == 1 for bucket in found)
+    assert ownership._buckets([]) == []
 
 
 def test_batches_hold_equal_shapes_and_no_more_than_their_limit(monkeypatch):
