@@ -11,6 +11,7 @@ if __name__ == "__main__" and __package__ is None:  # run by path: the checkout 
     here = Path(__file__).resolve().parents[1]
     sys.path[:1] = [str(here), str(here / "kernels")]
 
+from engine import launch
 from engine.runtime import command
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def main(argv: list[str]) -> int:
 
 def run(cfg: Config) -> TrainState:
     """Trains a model from scratch, or resumes; on every rank. Returns how far it came. Raises ``UserError``."""
+    # Before any of these imports could start CUDA.
+    launch.set_gpu_environment(tensor=cfg.parallel.tensor, context=cfg.parallel.context, device=cfg.device)
     from engine.checkpoint.manager import Checkpointer
     from engine.config import vocabulary
     from engine.data import loader

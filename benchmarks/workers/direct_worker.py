@@ -83,7 +83,7 @@ class Trainer:
 
     def step(self, index: int) -> float:
         """One global batch and one update. -> the loss before it, nats a token."""
-        c, weights = self.config, list(self.weights.values())
+        c = self.config
         batch_size, length = c["global_batch_size"], c["seq_length"]
         total, tokens = 0.0, 0
         batches = self.data.micro_batches(index * batch_size * length, global_batch_size=batch_size,
@@ -94,30 +94,32 @@ class Trainer:
             total += loss.item()
             tokens += int(batch.loss_mask_bs.sum())
             if self.sums is not None:
-                add = torch._foreach_add_ if number else torch._foreach_copy_
-                add(list(self.sums.values()), [w.grad for w in weights])
-                for w in weights:
+                for name, w in self.weights.items():
+                    assert w.grad is not None
+                    self.sums[name] = self.sums[name].add_(w.grad) if number else self.sums[name].copy_(w.grad)
                     w.grad = None
-        for name, p in self.main.items():
-            p.grad = self.sums[name] if self.sums is not None else p.grad
-        self._update(tokens)
+        gradients = self.sums or {name: p.grad for name, p in self.main.items() if p.grad is not None}
+        self._update(gradients, tokens)
         return total / tokens
 
     @torch.no_grad()
-    def _update(self, tokens: int) -> None:
-        main = list(self.main.values())
-        gradients: list[Any] = [p.grad for p in main]
-        torch._foreach_mul_(gradients, 1.0 / tokens)
+    def _update(self, gradients: Weights, tokens: int) -> None:
+        for g in gradients.values():
+            g.mul_(1.0 / tokens)
         # In fp64, as the engine's: a sum of a million squares in fp32 is off in the fifth digit here.
-        norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).norm().item()
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients.values()]
+        norm = torch.stack(norms).norm().item()
         if norm > self.config["clip_grad"]:
-            torch._foreach_mul_(gradients, self.config["clip_grad"] / (norm + 1e-6))
+            for g in gradients.values():
+                g.mul_(self.config["clip_grad"] / (norm + 1e-6))
+        for name, p in self.main.items():
+            p.grad = gradients[name]
         self.optimizer.step()
-        if self.sums is not None:
-            torch._foreach_copy_(list(self.weights.values()), main)
-        self.gradients = {name: p.grad for name, p in self.main.items()}  # read by the comparison, before the next step
-        for p in main:
+        for name, p in self.main.items():
             p.grad = None
+            if self.sums is not None:
+                self.weights[name].copy_(p)
+        self.gradients = gradients  # for the comparison, before the next step
 
 
 def build(config: dict) -> tuple[Step, dict]:

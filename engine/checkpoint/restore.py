@@ -15,7 +15,7 @@ from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import UserError
 from engine.model import build
 from engine.model.config import resolve_precision
-from engine.parallel import topology, watch
+from engine.parallel import topology
 from engine.parallel.topology import Groups
 
 
@@ -96,7 +96,6 @@ def load(plan: Plan, *, verify: bool = True) -> Restored:
     Collective over all ranks. Raises ``UserError`` on all of them when the checkpoint is damaged.
     """
     checkpoint, cfg = plan.path, plan.cfg
-    watch.join(cfg.parallel.timeout_minutes)  # so that a rank that fails ends the others
     groups = topology.start(cfg)
     if verify:  # one rank reads it all, the others only their parts
         agree(groups, lambda: groups.is_main and layout.verify(checkpoint), f"loading {checkpoint}")

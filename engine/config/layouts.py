@@ -62,7 +62,8 @@ class Sizes:
         """Factors of two between the sizes, and a little for every field that has to be changed."""
         names = [field.name for field in fields(self) if field.name != "sequence_parallel"]
         pairs = [(getattr(self, name) or self.tensor, getattr(other, name) or other.tensor) for name in names]
-        return 0.25 * len(self.changes(other)) + sum(abs(math.log2(a / b)) for a, b in pairs)
+        own_words = other.expert_tensor is None and self.expert_tensor is not None  # where it followed tensor
+        return 0.25 * len(self.changes(other)) + 2.0 * own_words + sum(abs(math.log2(a / b)) for a, b in pairs)
 
 
 def across(m: ModelConfig, t: TrainConfig, s: Sizes, training: bool) -> Iterator[Conflict]:
@@ -73,6 +74,9 @@ def across(m: ModelConfig, t: TrainConfig, s: Sizes, training: bool) -> Iterator
         yield "parallel.tensor", f"{tensor} does not divide model.num_attention_heads ({m.num_attention_heads})"
     elif groups % tensor and tensor % groups:
         yield "parallel.tensor", f"{tensor} and model.num_query_groups ({groups}) do not divide each other"
+    elif (features := (m.num_attention_heads + 2 * groups) * (m.head_dim or 1)) % tensor:
+        yield "parallel.tensor", (f"{tensor} does not divide the {features} features of queries, keys and values, with "
+                                  f"fewer groups (model.num_query_groups {groups}) than tensor ranks")
     if (m.ffn_hidden_size or 0) % tensor:
         yield "parallel.tensor", f"{tensor} does not divide model.ffn_hidden_size ({m.ffn_hidden_size})"
     if moe and (moe.shared_ffn_hidden_size or 0) % tensor:

@@ -10,7 +10,9 @@ from pydantic import ValidatorFunctionWrapHandler, model_validator
 from engine.config.base import Problem, Section, option
 from engine.config.presets import PRESETS
 
-PresetName = Literal["small", "medium", "large", "xl", "1b", "3b", "7b", "8b", "20b_moe", "70b", "mixtral_8x7b", "qwen3_30b_a3b"]
+PresetName = Literal[
+    "small", "medium", "large", "xl", "1b", "3b", "7b", "8b", "20b_moe", "70b", "mixtral_8x7b", "qwen3_30b_a3b"
+]  # fmt: skip
 
 
 class MoEConfig(Section):
@@ -29,7 +31,7 @@ class MoEConfig(Section):
         "softmax_after_topk", "how router scores become weights: softmax over the chosen, softmax over all, or sigmoid"
     )
     scaling_factor: float = option(1.0, "what the experts' weights are multiplied by (DeepSeek-V3: 2.5)", "1", gt=0)
-    expert_bias: bool = option(False, "balance by a bias on the router's choice, with or without the loss (router: sigmoid)")
+    expert_bias: bool = option(False, "balance by a bias on the router's choice, beside the loss (router: sigmoid)")
     expert_bias_update_rate: float = option(1e-3, "step of that bias after each batch", "score", ge=0)
     aux_loss_coeff: float = option(1e-2, "weight of the load-balancing loss (0: off)", "1", ge=0)
     z_loss_coeff: float = option(0.0, "weight of the router's z-loss (0: off)", "1", ge=0)

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from engine.config.base import Section, option
 from engine.config.schema import Config
 
-# Summation order alone costs 1e-7 to 1e-6 in fp32. In bf16 (8 bits) it costs 2e-2, and 3e-2 of an expert's weights where
-# a token goes to another expert for it (docs/layouts.md).
+# Summation order alone costs 1e-7 to 1e-6 in fp32. In bf16 (8 bits) it costs 2e-2, and 3e-2 of an expert's weights
+# where a token goes to another expert for it (docs/layouts.md).
 TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}
 
 

@@ -7,6 +7,7 @@ dimension.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -54,10 +55,10 @@ class CoreAttention(MegatronModule):
         self.impl = config.kernel_impl
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None
-        self.pg_collection = pg_collection
+        self.pg_collection: Any = pg_collection
         self.softmax_offset = None
         if config.softmax_type == "learnable":
-            heads = config.num_attention_heads // pg_collection.tp.size()
+            heads = config.num_attention_heads // self.pg_collection.tp.size()
             self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
             tensor_parallel.set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
@@ -73,7 +74,7 @@ class CoreAttention(MegatronModule):
     def _row(self, q_1hsd, k_1gtd, v_1gtd, first: int, end: int, boundaries: list[int]) -> torch.Tensor:
         """Queries at positions first … end-1 of a row of documents, each against the keys of its own."""
         edges = [edge for edge in boundaries if edge < end] + [end]
-        spans = list(zip(edges, edges[1:], strict=False))
+        spans = list(itertools.pairwise(edges))
         lengths = [b - a for a, b in spans]
         queries = q_1hsd.split([max(0, b - max(a, first)) for a, b in spans], dim=2)
         keys, values = (x[:, :, :end].split(lengths, dim=2) for x in (k_1gtd, v_1gtd))

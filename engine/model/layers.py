@@ -12,10 +12,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear as MegatronColumnParallelLinear
 from megatron.core.tensor_parallel import RowParallelLinear as MegatronRowParallelLinear
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import (
-    _gather_along_first_dim,
-    _reduce_scatter_along_first_dim,
-)
+from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
 from megatron.core.transformer.module import MegatronModule
 
 from engine.model.config import ModelSettings
@@ -85,19 +82,24 @@ class _ParallelLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
+        """What communicates runs beside a product: the gather of x beside grad_x, grad_x's sum beside grad_weight."""
         x, weight = ctx.saved_tensors
-        grad_y = grad_y.contiguous()
-        grad_x = matmul_nn(grad_y, weight)
-        handle = None
-        if ctx.allreduce_dgrad:  # runs while the weight gradient is computed
-            handle = dist.all_reduce(grad_x, group=ctx.tp_group, async_op=True)
-        total = _gather_along_first_dim(x, ctx.tp_group) if ctx.sequence_parallel else x
+        grad_y, total, gathering, summing = grad_y.contiguous(), x, None, None
+        if ctx.sequence_parallel and ctx.needs_input_grad[1]:
+            total = x.new_empty(x.shape[0] * ctx.tp_group.size(), *x.shape[1:])
+            gathering = dist.all_gather_into_tensor(total, x.contiguous(), group=ctx.tp_group, async_op=True)
+        grad_total = grad_x = matmul_nn(grad_y, weight)
+        if gathering is not None:
+            gathering.wait()
+        if ctx.allreduce_dgrad:
+            summing = dist.all_reduce(grad_x, group=ctx.tp_group, async_op=True)
+        elif ctx.sequence_parallel:
+            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            summing = dist.reduce_scatter_tensor(grad_x, grad_total, group=ctx.tp_group, async_op=True)
         grad_weight = matmul_tn(grad_y, total) if ctx.needs_input_grad[1] else None
         grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.has_bias else None
-        if handle is not None:
-            handle.wait()
-        if ctx.sequence_parallel:
-            grad_x = _reduce_scatter_along_first_dim(grad_x, ctx.tp_group)
+        if summing is not None:
+            summing.wait()
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
@@ -128,6 +130,8 @@ class ColumnParallelLinear(MegatronColumnParallelLinear):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._forward_impl = _forward_impl
+        # Alone, no gradient is reduced; Megatron would still pass through an autograd function that does nothing.
+        self.disable_grad_reduce = self.disable_grad_reduce or self.output_size_per_partition == self.output_size
         if self.is_expert:
             _mark_expert(self)
 
@@ -138,5 +142,7 @@ class RowParallelLinear(MegatronRowParallelLinear):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._forward_impl = _forward_impl
+        if self.input_size_per_partition == self.input_size and self.skip_bias_add:
+            self.explicit_expert_comm = True  # no output is reduced: as above
         if self.is_expert:
             _mark_expert(self)

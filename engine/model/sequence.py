@@ -5,6 +5,7 @@ It travels to the layers as Megatron's ``packed_seq_params``. Without one, a mod
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,6 @@ def share(batch: Batch, group: Any, device: torch.device) -> tuple[list[torch.Te
         return own, Sequence(length, group) if split else None
     documents_b = [row.tolist() for row in batch.cu_seqlens_b]
     for row in documents_b:
-        if row[0] != 0 or row[-1] != length or any(a >= b for a, b in zip(row, row[1:], strict=False)):
+        if row[0] != 0 or row[-1] != length or any(a >= b for a, b in itertools.pairwise(row)):
             raise ValueError(f"document boundaries {row} do not rise from 0 to the row's {length} tokens")
     return own, Sequence(length, group if split else None, documents_b, own[1])

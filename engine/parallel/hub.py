@@ -55,6 +55,7 @@ class _Claim:
     line: str
     code: int
     spoken: bool = False
+    died: bool = False  # without a word: rank 0 speaks for it
     since: float = field(default_factory=time.monotonic)
 
     @property
@@ -150,7 +151,7 @@ class Hub(threading.Thread):
         claim = next((claim for claim in self.claims if claim.rank == member.rank), None)
         if claim is None:
             claim = _Claim(member.rank, "own", "ended without a word: it was killed (out of memory?) or crashed in "
-                           "native code; its machine's kernel log may say more", 1)
+                           "native code; its machine's kernel log may say more", 1, died=True)
             self.claims.append(claim)
             if self.chosen is None:  # at once: a torchrun agent that saw it die ends this process within 0.1 seconds
                 print(f"error: {member.process} {claim.line}", file=sys.stderr, flush=True)
@@ -209,7 +210,7 @@ class Hub(threading.Thread):
 
     def _end(self, claim: _Claim) -> None:
         """Tells every rank. Rank 0 last, since this thread ends with it, and late where others have yet to come."""
-        told = {self.nodes.get(claim.rank)}  # nodes whose log has a line of it
+        told = {self.nodes.get(0 if claim.died else claim.rank)}  # nodes whose log has a line of it
         self.over = {"end": claim.code, "line": f"rank {claim.rank}: {claim.line}", "tell": False}
         for member in sorted(self.members, key=lambda m: m.rank):
             if member.rank > 0:

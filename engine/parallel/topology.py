@@ -17,7 +17,7 @@ import torch.distributed as dist
 from engine import launch
 from engine.config import Config
 from engine.errors import UserError
-from engine.parallel import watch
+from engine.parallel import gloo, watch
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,13 @@ def resolve_device(wanted: str) -> torch.device:
                         fix="Hide it: CUDA_VISIBLE_DEVICES= with --device cpu")
     if wanted != "cuda":
         return torch.device(wanted)
-    # Without LOCAL_RANK the ranks are taken to fill one node after the other.
-    local = os.environ.get("LOCAL_RANK")
-    return torch.device("cuda", int(local) if local else launch.rank() % torch.cuda.device_count())
+    gpus, local = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
+    if gpus == 1 or not local:  # Slurm may show each rank its own GPU only; without LOCAL_RANK, ranks fill node by node
+        return torch.device("cuda", launch.rank() % gpus)
+    if int(local) >= gpus:
+        raise UserError(f"is {local} (from 0), but this machine has {gpus} GPUs", where="LOCAL_RANK",
+                        fix="Start as many ranks on a machine as it has GPUs")
+    return torch.device("cuda", int(local))
 
 
 def init_process_group(device: torch.device, timeout_minutes: float) -> None:
@@ -116,6 +120,11 @@ def build(cfg: Config) -> Groups:
         from engine.parallel import cpu
 
         cpu.install()
+    with gloo.one_device():
+        return _build(cfg, device)
+
+
+def _build(cfg: Config, device: torch.device) -> Groups:
     init_process_group(device, cfg.parallel.timeout_minutes)
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection

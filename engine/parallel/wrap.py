@@ -27,6 +27,7 @@ def ddp_config(cfg: Config, groups: Groups) -> DistributedDataParallelConfig:
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and sliced,
+        align_param_gather=cfg.parallel.virtual_pipeline > 1,  # stages would wait for each other's gathers
         use_distributed_optimizer=sliced,
         check_for_nan_in_grad=False,  # the step itself refuses non-finite gradients, on all ranks alike
     )

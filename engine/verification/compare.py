@@ -4,12 +4,15 @@ The error of a tensor is ||found - expected|| / ||expected||, in float64, of the
 compared with its part of the expected tensor; of parts that several ranks hold (data-parallel copies, tensor ranks'
 copies of what is not split, the embedding's copy on the last pipeline stage) the worst counts.
 
-Some gradients are nothing but rounding: a bias that cancels, an expert that few tokens chose, sums of terms that are
-far larger than themselves. Their own norm is no measure of their error, so the denominator is at least ``FLOOR`` times
-the norm that the tensor would have if it were as large as the model's average (the root mean square over all tensors of
-the same kind). At a tolerance of 1e-5 that forgives an element an error of 1e-8 of the average element's size, a sixth
-of fp32's rounding unit (6e-8) of that average; a whole tensor that is wrong is forgiven only if it is 1e8 times smaller
-than the average. A tensor that should be zero and is not has this floor as its denominator too.
+Some tensors have no size to measure an error by, so the denominator is at least the norm that the tensor would have
+if its elements were ``FLOORS`` times the model's average element (the root mean square over all tensors of its kind):
+
+- Gradients that are nothing but rounding: biases that cancel, an expert that few tokens chose, sums of terms far larger
+  than themselves. With 1e-3 and a tolerance of 1e-5 an element is forgiven an error of 1e-8 of the average element, a
+  sixth of fp32's rounding unit (6e-8); a tensor that is all wrong is forgiven only if it is 1e8 times smaller than the
+  average. One that should be zero and is not has this floor as its denominator too.
+- Weights that begin at zero, biases above all. AdamW and Muon move every tensor's elements by about the learning rate,
+  whatever their size, so an error of an update is measured by the average weight: 1.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import torch
 
 from engine.model.whole import VOCABULARY, Split, join
 
-FLOOR = 1e-3
+FLOORS = {"initial": 1.0, "gradients": 1e-3, "weights": 1.0}
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _GROUPS = (
     (r"^embedding\.", "embedding"),
@@ -53,8 +56,8 @@ def compare(expected: list[Path], found: list[Path], *, tied: bool) -> dict[str,
     """The files that the ranks of two jobs wrote (worker.py) -> everything that a report shows, as plain JSON."""
     one = [torch.load(path, weights_only=True, mmap=True) for path in expected]
     other = [torch.load(path, weights_only=True, mmap=True) for path in found]
-    kinds = {kind: _compare_tensors([run[kind] for run in one], [run[kind] for run in other], tied=tied)
-             for kind in ("initial", "gradients", "weights")}
+    kinds = {kind: _compare_tensors([run[kind] for run in one], [run[kind] for run in other], tied=tied, floor=floor)
+             for kind, floor in FLOORS.items()}
     tensors = [
         {"name": name, "group": group_of(name), **{kind: kinds[kind].get(name) for kind in kinds}}
         for name in sorted(set().union(*kinds.values()), key=_order)]
@@ -114,10 +117,11 @@ def relative_norm(difference: float, size: float) -> float:
     return difference / size if size > 0.0 else (0.0 if difference == 0.0 else math.inf)
 
 
-def _compare_tensors(expected: list[Parts], found: list[Parts], *, tied: bool) -> dict[str, dict[str, Any]]:
+def _compare_tensors(expected: list[Parts], found: list[Parts], *, tied: bool,
+                     floor: float) -> dict[str, dict[str, Any]]:
     """{name: {"error", "copies": how far apart its copies are, "size": root mean square, "rank": the worst one's}}."""
     wholes = _wholes(expected)
-    floor = FLOOR * _average(wholes.values())
+    floor *= _average(wholes.values())
     held: dict[str, list[tuple[int, Split, torch.Tensor]]] = {name: [] for name in wholes}
     for rank, parts in enumerate(found):
         for name, (split, values) in parts.items():

@@ -28,8 +28,8 @@ class SyntheticData:
         """This rank's micro-batches of the global batch at a position."""
         for m in range(global_batch_size // (micro_batch_size * self.dp_size)):
             first = (m * self.dp_size + self.dp_rank) * micro_batch_size
-            samples = [self._sample(position_tokens, first + k, seq_length, 0.9 - 0.85 * (first + k) / global_batch_size)
-                       for k in range(micro_batch_size)]
+            samples = [self._sample(position_tokens, j, seq_length, 0.9 - 0.85 * j / global_batch_size)
+                       for j in range(first, first + micro_batch_size)]
             tokens_bs, mask_bs, positions_bs = (torch.stack([sample[i] for sample in samples]) for i in range(3))
             yield Batch(tokens_bs=tokens_bs[:, :-1].contiguous(), labels_bs=tokens_bs[:, 1:].contiguous(),
                         loss_mask_bs=mask_bs, position_ids_bs=positions_bs,

@@ -12,7 +12,7 @@ from engine.errors import UserError
 from engine.verification.shrink import shrunk
 
 STEPS = 3
-LEAST_EPS = 1e-4
+LEAST_EPS = 1e-5
 WITHOUT_TOKENIZER = 4096  # words of the model where the configuration leaves them to the data's tokenizer
 
 ONE_RANK: dict[str, Any] = {
@@ -60,7 +60,7 @@ def notes(cfg: Config, wanted: Config) -> list[str]:
 
 
 def fewest_ranks(cfg: Config) -> int:
-    """The smallest number of ranks on which the layout is one, with two data-parallel ranks where only those make it."""
+    """As few ranks as use all of the layout: with two data-parallel ones where it is nothing without them."""
     p = cfg.parallel
     model_ranks = p.tensor * p.pipeline * p.context
     expert_ranks = (p.expert_tensor or p.tensor) * p.expert * p.pipeline if cfg.model.moe else 1

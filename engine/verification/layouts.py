@@ -66,20 +66,20 @@ DENSE_LAYOUTS: dict[str, tuple[int, Changes]] = {
     "DP4, distributed optimizer": (4, DISTRIBUTED),
 }
 PRODUCTS: dict[str, tuple[int, Changes]] = {
-    "TP2×PP2": (4, TP2 | PP2),
-    "TP2+SP×CP2": (4, TP2_SP | CP2),
-    "CP2×PP2": (4, CP2 | PP2),
-    "DP2×TP2": (4, TP2),
-    "DP2×PP2, distributed optimizer": (4, PP2 | DISTRIBUTED),
+    "TP2 x PP2": (4, TP2 | PP2),
+    "TP2+SP x CP2": (4, TP2_SP | CP2),
+    "CP2 x PP2": (4, CP2 | PP2),
+    "DP2 x TP2": (4, TP2),
+    "DP2 x PP2, distributed optimizer": (4, PP2 | DISTRIBUTED),
 }
 # Experts are shared by data-parallel ranks, and by tensor ranks where expert_tensor is below tensor.
 EXPERT_LAYOUTS: dict[str, tuple[int, Changes]] = {
     "EP2": (2, EP2),
     "EP4": (4, _parallel(expert=4)),
-    "EP2×TP2+SP, experts whole": (4, EP2 | TP2_SP | _parallel(expert_tensor=1)),
-    "EP2×TP2+SP, expert TP2": (4, EP2 | TP2_SP),
+    "EP2 x TP2+SP, experts whole": (4, EP2 | TP2_SP | _parallel(expert_tensor=1)),
+    "EP2 x TP2+SP, expert TP2": (4, EP2 | TP2_SP),
     "EP2, expert TP2, TP1": (4, EP2 | _parallel(expert_tensor=2)),
-    "EP2×PP2": (4, EP2 | PP2),
+    "EP2 x PP2": (4, EP2 | PP2),
 }
 MUON_LAYOUTS: dict[str, tuple[int, Changes, tuple[str, ...]]] = {
     "TP2": (2, TP2, ("dense",)),  # a mixture of experts needs sequence parallelism
@@ -90,13 +90,14 @@ MUON_LAYOUTS: dict[str, tuple[int, Changes, tuple[str, ...]]] = {
     "EP2": (2, EP2, ("MoE",)),
 }
 VARIANTS: dict[str, tuple[int, Changes, Changes, str]] = {  # ranks, layout, model and training, words
+    "overlapped reductions": (2, DISTRIBUTED | _parallel(overlap_grad_reduce=True), {}, "DP2, distributed optimizer"),
     "one group": (2, TP2_SP, {"model.num_query_groups": 1}, "TP2+SP, fewer groups than ranks"),
     "biases": (2, TP2_SP, {"model.attention_bias": True}, "TP2+SP"),
     "biases ": (2, PP2, {"model.attention_bias": True}, "PP2"),
     "norms of heads": (2, TP2, {"model.qk_norm": True, **UNTIED, "train.clip_grad": 0.0}, "TP2"),
     "norms of heads ": (2, TP2_SP, {"model.qk_norm": True, "train.clip_grad": 0.0}, "TP2+SP"),
     "curriculum and ramp": (2, TP2_SP, RAMP, "TP2+SP"),
-    "curriculum and ramp ": (4, PP2 | DISTRIBUTED, RAMP, "DP2×PP2, distributed optimizer"),
+    "curriculum and ramp ": (4, PP2 | DISTRIBUTED, RAMP, "DP2 x PP2, distributed optimizer"),
     "curriculum and ramp  ": (2, CP2, RAMP, "CP2"),
     "recompute full": (2, TP2_SP, {"train.recompute": "full"}, "TP2+SP"),
     "recompute full ": (2, PP2, {"train.recompute": "full"}, "PP2"),
@@ -160,7 +161,7 @@ def _variants() -> Iterator[Row]:
     for what, (ranks, changes, model, layout) in VARIANTS.items():
         plain = {"train.recompute": "none"} if "train.recompute" in model else {}
         yield Row("Variants", layout, what, ranks, model | changes, plain)
-    for layout, (ranks, changes) in {"CP2": (2, CP2), "TP2+SP×CP2": (4, TP2_SP | CP2), "DP2": (2, {})}.items():
+    for layout, (ranks, changes) in {"CP2": (2, CP2), "TP2+SP x CP2": (4, TP2_SP | CP2), "DP2": (2, {})}.items():
         yield Row("Variants", layout, "packed sequences", ranks, changes, packed=True)
     for layout in ("TP2+SP", "PP2", "CP2", "DP4, distributed optimizer"):
         ranks, changes = DENSE_LAYOUTS[layout]
@@ -175,6 +176,6 @@ def _splits() -> Iterator[Row]:
         for ranks in (1, 2, 4):
             for micro in (1, 2, 4, 8):
                 if micro * ranks <= 8 and micro * ranks > 1:
-                    split = f"micro-batch {micro} × accumulation {8 // (micro * ranks)} × DP{ranks}"
+                    split = f"micro-batch {micro} x accumulation {8 // (micro * ranks)} x DP{ranks}"
                     yield Row("Batch split", split, kind, ranks, model | {"train.micro_batch_size": micro}, one_by_one,
                               loss_tolerance=1e-6)

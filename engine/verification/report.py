@@ -25,7 +25,7 @@ def summary(case: Case, outcome: dict[str, Any]) -> dict[str, Any]:
     worst = {"loss": max(step["loss"]["error"] for step in steps),
              "grad_norm": max(step["grad_norm"]["error"] for step in steps),
              "tokens": max(step["tokens_error"] for step in steps),
-             "router": max((entry["error"] for step in steps for entry in step.get("router", {}).values()), default=0.0),
+             "router": max((each["error"] for step in steps for each in step.get("router", {}).values()), default=0.0),
              **{kind: max(_error(tensor, kind) for tensor in tensors) for kind in ("initial", *KINDS)},
              "copies": max(tensor[kind]["copies"] for tensor in tensors for kind in KINDS if tensor[kind])}
     bounds = dict.fromkeys(worst, case.tolerance) | {"initial": 0.0, "tokens": 0.0, "loss": case.loss_tolerance}
@@ -114,7 +114,8 @@ def lines(case: Case, found: dict[str, Any]) -> list[str]:
     """The report's body, from ``summary``."""
     if "failure" in found:
         failure = found["failure"]
-        return [f"rank {failure['rank']} failed:", failure["error"].rstrip(), "", "verdict: FAILED, the layout did not run"]
+        return [f"rank {failure['rank']} failed:", failure["error"].rstrip(), "",
+                "verdict: FAILED, the layout did not run"]
     text = ["group              tensors   gradients     weights   worst tensor"]
     for group, entry in found["groups"].items():
         worst = entry["worst_tensor"]
@@ -124,7 +125,8 @@ def lines(case: Case, found: dict[str, Any]) -> list[str]:
     for i, step in enumerate(found["steps"]):
         for name, label in (("loss", "loss"), ("grad_norm", "norm")):
             entry = step[name]
-            text.append(f"{i + 1} {label}  {entry['expected']:>14.9g} {entry['found']:>15.9g} {number(entry['error']):>11}")
+            error = number(entry["error"])
+            text.append(f"{i + 1} {label}  {entry['expected']:>14.9g} {entry['found']:>15.9g} {error:>11}")
     return [*text, *_routers(found["steps"]), "", *_facts(found), verdict(case, found)]
 
 

@@ -102,7 +102,7 @@ def _lengths(cfg: Config) -> dict[str, Any]:
 
 
 def _batches(cfg: Config, ranks: int) -> dict[str, Any]:
-    """At least two micro-batches on a rank; twice as many as pipeline stages, so that the schedule has a steady part."""
+    """At least two micro-batches on a rank, and two a pipeline stage: the schedule then has a steady part."""
     p, t = cfg.parallel, cfg.train
     micro = min(t.micro_batch_size, MICRO_BATCH)
     unit = micro * max(1, ranks // (p.tensor * p.pipeline * p.context)) * p.pipeline

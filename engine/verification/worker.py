@@ -41,7 +41,8 @@ def planted(plant: str | None) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     path, _, function = plant.rpartition(":")
     spec = importlib.util.spec_from_file_location("planted", path)
-    assert spec is not None and spec.loader is not None, plant
+    assert spec is not None, plant
+    assert spec.loader is not None, plant
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, function)()

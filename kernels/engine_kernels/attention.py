@@ -156,7 +156,7 @@ def _banded(q_bhsd: Tensor, k_bgtd: Tensor, v_bgtd: Tensor, scale: float, window
 
     Queries and keys are padded in front to whole blocks; a padded query sees its own (padded) key.
     """
-    (b, h, s, d), t, c = q_bhsd.shape, k_bgtd.shape[2], max(window, _BLOCK)
+    (b, _, s, d), t, c = q_bhsd.shape, k_bgtd.shape[2], max(window, _BLOCK)
     n = -(-s // c)
     span = (n + 1) * c  # keys that the padded queries see
     q = torch.nn.functional.pad(q_bhsd, (0, 0, n * c - s, 0)).unflatten(2, (n, c)).transpose(1, 2).flatten(0, 1)
@@ -202,7 +202,7 @@ def causal_attention(
     if k_bgtd.shape != (b, g, t, d) or v_bgtd.shape != k_bgtd.shape or g < 1 or h % g or s > t:
         raise ValueError(f"causal_attention: q {tuple(q_bhsd.shape)}, k {tuple(k_bgtd.shape)}, v {tuple(v_bgtd.shape)} "
                          "must be [b, h, s, d], [b, g, t, d] and [b, g, t, d] with g dividing h and s <= t")
-    if window is not None and window < 1 or sinks is not None and sinks.shape != (h,):
+    if (window is not None and window < 1) or (sinks is not None and sinks.shape != (h,)):
         raise ValueError(f"causal_attention: window {window} must be positive, and sinks one for each of {h} heads")
     factor = d**-0.5 if scale is None else scale
     if window is not None and t > s + window - 1:  # the others no query sees

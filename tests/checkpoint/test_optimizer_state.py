@@ -58,7 +58,8 @@ def test_a_missing_tensor_is_refused_by_name_before_anything_changes(run, config
     with pytest.raises(UserError, match=r"holds no optimizer\.state\.exp_avg_sq\.decoder\.final_layernorm") as caught:
         other.load(path)
     assert "\n" not in str(caught.value)
-    assert not gathered.differing(gathered.state(other)["weights"], before["weights"])
+    after = gathered.state(other)
+    assert not gathered.differing({"weights": after["weights"]}, {"weights": before["weights"]})
 
 
 def test_a_tensor_too_many_is_refused_by_name(run, config, monkeypatch):
@@ -95,11 +96,11 @@ def test_state_of_an_earlier_version_is_refused(run, config):
 
 
 def test_a_run_can_be_saved_before_its_first_update(config):
-    run = trained(config(), steps=0)
+    run = trained(config(data__shuffle_seed=3), steps=0)
     path = run.save()
     before = gathered.state(run)
     assert before["step"]["of every group"].tolist() == [0]
-    resumed = trained(config(seed=9))
+    resumed = trained(config(data__shuffle_seed=3, seed=9))
     resumed.load(path)
     found = gathered.state(resumed)
     assert not any(value.any() for kind in ("exp_avg", "exp_avg_sq") for value in found[kind].values())
@@ -123,7 +124,7 @@ def test_a_frequent_change_of_state_leaves_nothing_behind(run, config):
 @pytest.mark.parametrize("distributed", [False, True])
 def test_precision_may_change(config, optimizer, distributed):
     """From 16 bits to fp32 the weights become the fp32 ones behind them; back, those are exactly the weights."""
-    shape = {"train__optimizer": optimizer, "model__tie_embeddings": False}
+    shape = {"train__optimizer": optimizer, "model__tie_embeddings": False, "data__shuffle_seed": 3}
     half = trained(config(train__precision="bf16", **shape))
     from_half, saved = half.save(), gathered.state(half)
     options = shape | {"parallel__distributed_optimizer": distributed, "seed": 5}

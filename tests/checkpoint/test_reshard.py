@@ -14,13 +14,14 @@ WORKER = Path(__file__).with_name("reshard_ranks.py")
 MODEL = {"model__num_layers": 4, "model__hidden_size": 16, "model__ffn_hidden_size": 24, "model__seq_length": 8,
          "model__vocab_multiple": 16, "model__qk_norm": True, "model__attention_bias": True,
          "data__shuffle_seed": 7, "train__eps": 1e-5}
+MOE = {"model__num_layers": 2, "model__moe": {
+    "num_experts": 4, "top_k": 2, "ffn_hidden_size": 12, "shared_ffn_hidden_size": 12, "num_dense_layers": 1,
+    "router": "sigmoid", "expert_bias": True}}
 FAMILIES = {
     "dense": {},
     "bf16": {"train__precision": "bf16", "model__tie_embeddings": False},
-    "moe": {"model__num_layers": 2, "model__moe": {
-        "num_experts": 4, "top_k": 2, "ffn_hidden_size": 12, "shared_ffn_hidden_size": 12, "num_dense_layers": 1,
-        "router": "sigmoid", "expert_bias": True}},
-    "muon": {"train__optimizer": "muon"},
+    "moe": MOE,
+    "muon": MOE | {"train__optimizer": "muon"},
 }
 
 
@@ -45,7 +46,8 @@ def of(pairs: dict, family: str, layouts: int) -> list[dict]:
     return list(found.values())
 
 
-@pytest.mark.parametrize(("family", "layouts", "tolerance"), [("dense", 8, 1e-6), ("bf16", 6, 2e-2)])
+@pytest.mark.parametrize(("family", "layouts", "tolerance"), [
+    ("dense", 8, 1e-6), ("bf16", 6, 2e-2), ("moe", 8, 1e-6), ("muon", 5, 1e-6)])
 def test_every_layout_continues_from_every_other(pairs, family, layouts, tolerance):
     for pair in of(pairs, family, layouts):
         what = pair["source"], pair["target"]

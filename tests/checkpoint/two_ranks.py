@@ -1,4 +1,4 @@
-"""Run by test_two_ranks.py: checkpoints from one layout into others, and saves that fail on one of two ranks."""
+"""Run by test_two_ranks.py: saves that fail on one of two ranks, and checkpoints that both refuse."""
 
 from __future__ import annotations
 
@@ -7,54 +7,18 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 import torch.distributed as dist
 
-from engine.checkpoint import layout
+from engine.checkpoint import layout, optimizer_state, sharded
 from engine.config import Config
 from engine.errors import UserError
 
-LAYOUTS = {
-    "tp2": {"parallel.tensor": 2},
-    "tp2_sp": {"parallel.tensor": 2, "parallel.sequence_parallel": True},
-    "pp2": {"parallel.pipeline": 2},
-    "pp2_interleaved": {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2},
-    "dp2": {},
-    "dp2_distributed": {"parallel.distributed_optimizer": True},
-    "tp2_distributed": {"parallel.tensor": 2, "parallel.distributed_optimizer": True},
-    "dp2_overlap": {"parallel.distributed_optimizer": True, "parallel.overlap_grad_reduce": True},
-}
-TRANSFERS = [("one", "tp2"), ("one", "pp2"), ("one", "dp2"), ("tp2", "dp2"), ("tp2", "pp2"), ("pp2", "tp2_sp"),
-             ("pp2_interleaved", "tp2"), ("dp2", "pp2_interleaved"), ("dp2_overlap", "tp2_distributed"),
-             ("tp2_distributed", "dp2_distributed"), ("tp2", "tp2")]
+LAYOUTS = {"tp2": {"parallel.tensor": 2}, "pp2": {"parallel.pipeline": 2}}
 
 
 def start(cfg: Config, name: str, output: Path) -> tiny.Run:
     tiny.forget_layout()
     return tiny.start(cfg.with_values(LAYOUTS[name] | {"output_dir": output}))
-
-
-def transfers(cfg: Config, folder: Path) -> None:
-    """Each layout saves after two steps; others load that, save their loss of the next step, and the weights."""
-    for name in LAYOUTS:
-        run = start(cfg, name, folder / name)
-        run.step()
-        run.step()
-        run.save()
-        record(run, folder / f"after-{name}.pt")
-    for source, target in TRANSFERS:
-        run = start(cfg, target, folder / f"{source}-{target}")
-        run.load(layout.latest(layout.root(folder / source)))
-        record(run, folder / f"{source}-{target}.pt")
-
-
-def record(run: tiny.Run, path: Path) -> None:
-    weights = tiny.whole_weights(run)
-    result = run.step()
-    found = {"weights": weights, "loss": result.sums.loss, "norm": result.grad_norm, "next": tiny.whole_weights(run),
-             "state": run.state.to_dict()}
-    if dist.get_rank() == 0:
-        torch.save(found, path)
 
 
 def failures(cfg: Config, folder: Path) -> None:
@@ -93,15 +57,34 @@ def refusals(cfg: Config, folder: Path) -> None:
     run = start(cfg, "tp2", folder / "refusals")
     with pytest.raises(UserError, match=r"common\.pt: does not match"):
         run.load(path)
-    mine = path if dist.get_rank() == 0 else folder / "one"
+    mine = path if dist.get_rank() == 0 else folder / "full-common.pt"  # which failures() left
     run = start(cfg.with_values({"resume_from_checkpoint": str(mine)}), "tp2", folder / "unshared")
     with pytest.raises(UserError, match="rank 1 finds"):
         run.checkpointer().find_resume()
 
 
+def lacking(cfg: Config, folder: Path) -> None:
+    """A checkpoint without a tensor that only the last stage asks for: both ranks say so, and none waits."""
+    run = start(cfg, "pp2", folder / "lacking")
+    run.step()
+    to_save = optimizer_state.to_save
+
+    def without(*args) -> dict:
+        state = to_save(*args)
+        state["optimizer"] = {name: value for name, value in state["optimizer"].items()
+                              if value.key != "optimizer.state.exp_avg.decoder.final_layernorm.weight"}
+        return state
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sharded.optimizer_state, "to_save", without)
+        path = run.save()
+    with pytest.raises(UserError, match=r"holds no optimizer\.state\.exp_avg\.decoder\.final_layernorm\.weight"):
+        start(cfg, "pp2", folder / "lacking").load(path)
+
+
 def main(folder: Path) -> None:
     cfg = tiny.from_json((folder / "config.json").read_text())
-    for part in (transfers, failures, refusals):
+    for part in (failures, refusals, lacking):
         print(part.__name__, flush=True)
         part(cfg, folder)
     dist.destroy_process_group()

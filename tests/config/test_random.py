@@ -230,37 +230,3 @@ def test_any_file(text):
         path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
         result = outcome(lambda: parse(Config, ["--config", str(path)], prog="p"))
         assert isinstance(result, Config) or result.startswith(str(path))
-
-
-@pytest.mark.parametrize("seed", range(200))
-def test_the_suggested_size_fits(seed):
-    """Taking the way out of a layout that does not fit makes that complaint go away."""
-    rng = random.Random(seed)
-    heads = rng.choice([4, 6, 8, 12, 16])
-    model = {
-        "num_attention_heads": heads,
-        "hidden_size": 96 * heads,
-        "num_layers": rng.choice([6, 8, 9, 12, 30]),
-        "num_query_groups": rng.choice([d for d in range(1, heads + 1) if heads % d == 0]),
-    }
-    parallel = {
-        "tensor": rng.randrange(1, 17),
-        "pipeline": rng.randrange(1, 9),
-        "virtual_pipeline": rng.randrange(1, 4),
-    }
-    result = ""
-    for _ in range(6):
-        result = outcome(
-            lambda: build(Config, {"model": model, "parallel": parallel, "train": {"global_batch_size": 840}})
-        )
-        if isinstance(result, Config):
-            return
-        field, _, text = result.partition(": ")
-        if "that fits is " in text:
-            parallel[field.split(".")[1]] = int(text.split("that fits is ")[1].split()[0].rstrip(".,"))
-        else:
-            assert text.endswith(
-                ("parallel.virtual_pipeline 1", "parallel.pipeline to 2 or more", "(and 1 more)", "(and 2 more)")
-            )
-            parallel["virtual_pipeline"] = 1
-    raise AssertionError(f"still refused: {result}")

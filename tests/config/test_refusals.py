@@ -41,58 +41,68 @@ REFUSALS = [
     ({"model": {"moe": {"num_dense_layers": 6}}},
      "model.moe.num_dense_layers: 6 leaves no expert layer of the 6. Lower it, or set model.moe to null"),
     ({"model": MOE, "parallel": {"expert": 3}},
-     "parallel.expert: 3 ranks do not divide model.moe.num_experts (8). The nearest expert size that fits is 2"),
-    ({"parallel": {"expert": 2}}, "parallel.expert: 2 ranks share experts, but the model has none (model.moe is null). "
-     "Set parallel.expert to 1, or model.moe.num_experts"),
-    ({"parallel": {"expert_tensor": 2}}, "parallel.expert_tensor: 2 ranks share experts, but the model has none "
-     "(model.moe is null). Set parallel.expert_tensor to 1, or model.moe.num_experts"),
-    ({"model": MOE, "parallel": {"tensor": 2}}, "parallel.sequence_parallel: a mixture of experts with "
-     "parallel.tensor 2 needs it. "
-     "Set it to true, or parallel.tensor to 1"),
+     "parallel.expert: 3 ranks do not divide model.moe.num_experts (8). The nearest layout that works: "
+     "parallel.expert 4"),
+    ({"parallel": {"expert": 2}},
+     "parallel.expert: 2 ranks share experts, but the model has none (model.moe is null). The nearest layout that "
+     "works: parallel.expert 1"),
+    ({"parallel": {"expert_tensor": 2}},
+     "parallel.expert_tensor: 2 ranks share experts, but the model has none (model.moe is null). The nearest layout "
+     "that works: parallel.expert_tensor 1"),
+    ({"model": MOE, "parallel": {"tensor": 2}},
+     "parallel.sequence_parallel: a mixture of experts (model.moe) with parallel.tensor 2 needs it. The nearest "
+     "layout that works: parallel.sequence_parallel true"),
     ({"model": {"moe": {"ffn_hidden_size": 100}}, "parallel": {"expert_tensor": 3}},
-     "parallel.expert_tensor: 3 ranks do not divide model.moe.ffn_hidden_size (100). The nearest size that fits is 2"),
+     "parallel.expert_tensor: 3 ranks do not divide an expert's model.moe.ffn_hidden_size (100). The nearest layout "
+     "that works: parallel.expert_tensor 4"),
     ({"model": {"moe": {"shared_ffn_hidden_size": 101}}, "parallel": SP2},
-     "parallel.tensor: 2 ranks do not divide model.moe.shared_ffn_hidden_size (101). The nearest size that fits is 1"),
-    ({"model": {**MOE, "linear_bias": True}, "parallel": SP2}, "parallel.expert_tensor: experts with biases "
-     "(model.linear_bias) "
-     "cannot be split over 2 ranks. Set parallel.expert_tensor to 1"),
+     "parallel.tensor: 2 does not divide model.moe.shared_ffn_hidden_size (101). The nearest layout that works: "
+     "parallel.tensor 1, parallel.sequence_parallel false, parallel.expert_tensor 2"),
+    ({"model": {**MOE, "linear_bias": True}, "parallel": SP2},
+     "parallel.tensor: experts with biases (model.linear_bias) cannot be split over 2 ranks. The nearest layout that "
+     "works: parallel.expert_tensor 1"),
     ({"model": MOE, "parallel": {"expert": 2}, "train": {"precision": "fp16"}},
-     "train.precision: fp16 does not go with parallel.expert above 1. Use bf16"),
+     "train.precision: fp16 does not go with parallel.expert 2. Use train.precision bf16, or parallel.expert 1"),
     # layout
     ({"parallel": {"tensor": 4}},
-     "parallel.tensor: 4 does not divide model.num_attention_heads (6). The nearest tensor size that fits is 2"),
+     "parallel.tensor: 4 does not divide model.num_attention_heads (6). The nearest layout that works: "
+     "parallel.tensor 2"),
     ({"model": {"num_attention_heads": 12, "num_query_groups": 3}, "parallel": {"tensor": 2}},
-     "parallel.tensor: 2 does not divide model.num_query_groups (3). The nearest tensor size that fits is 1"),
+     "parallel.tensor: 2 and model.num_query_groups (3) do not divide each other. The nearest layout that works: "
+     "parallel.tensor 1"),
     ({"model": {"ffn_hidden_size": 1001}, "parallel": {"tensor": 2}},
-     "parallel.tensor: 2 does not divide model.ffn_hidden_size (1001). The nearest tensor size that fits is 1"),
-    ({"parallel": {"sequence_parallel": True}}, "parallel.sequence_parallel: shares the sequence over tensor ranks, "
-     "but "
-     "parallel.tensor is 1. Set it to false, or parallel.tensor to 2 or more"),
-    ({"model": {"seq_length": 1023}, "parallel": SP2}, "parallel.tensor: 2 does not divide model.seq_length (1023). "
-     "The nearest tensor size that fits is 1, with parallel.sequence_parallel false"),
-    ({"train": {"seq_length_schedule": [{"step": 0, "seq_length": 511}]}, "parallel": SP2}, "parallel.tensor: 2 does "
-     "not divide "
-     "train.seq_length_schedule (511). The nearest tensor size that fits is 1, with parallel.sequence_parallel false"),
+     "parallel.tensor: 2 does not divide model.ffn_hidden_size (1001). The nearest layout that works: "
+     "parallel.tensor 1"),
+    ({"parallel": {"sequence_parallel": True}},
+     "parallel.sequence_parallel: shares sequences over tensor ranks, but parallel.tensor is 1. The nearest layout "
+     "that works: parallel.sequence_parallel false"),
+    ({"model": {"seq_length": 1023}, "parallel": SP2},
+     "parallel.sequence_parallel: shares model.seq_length (1023) over parallel.tensor 2 ranks, which do not divide "
+     "it. The nearest layout that works: parallel.sequence_parallel false"),
+    ({"train": {"seq_length_schedule": [{"step": 0, "seq_length": 511}]}, "parallel": SP2},
+     "parallel.sequence_parallel: shares train.seq_length_schedule.0.seq_length (511) over parallel.tensor 2 ranks, "
+     "which do not divide it. The nearest layout that works: parallel.sequence_parallel false"),
     ({"parallel": {"pipeline": 4}},
-     "parallel.pipeline: 4 stages do not divide model.num_layers (6). The nearest pipeline size that fits is 3"),
-    ({"parallel": {"pipeline": 2, "virtual_pipeline": 2}}, "parallel.virtual_pipeline: 2 stages of 2 chunks do not "
-     "divide "
-     "model.num_layers (6). The nearest virtual_pipeline size that fits is 1"),
-    ({"model": {"num_layers": 8}, "parallel": {"pipeline": 3, "virtual_pipeline": 2}}, "parallel.pipeline: 3 stages "
-     "of 2 chunks do "
-     "not divide model.num_layers (8). The nearest pipeline size that fits is 2"),
-    ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline: 2 chunks interleave pipeline stages, but "
-     "parallel.pipeline "
-     "is 1. Set it to 1, or parallel.pipeline to 2 or more"),
-    ({"parallel": {"pipeline": 3, "virtual_pipeline": 2}}, "train.global_batch_size: 32 gives 32 micro-batches, not a "
-     "multiple of "
-     "parallel.pipeline (3) as interleaving needs. Use 30 or 33, or parallel.virtual_pipeline 1"),
-    ({"model": {"seq_length": 1026}, "parallel": {"context": 2}}, "model.seq_length: 1026 tokens do not divide into 2 "
-     "x "
-     "parallel.context = 4 equal parts. Use 1024 or 1028, or another parallel.context"),
+     "parallel.pipeline: 4 stages do not divide model.num_layers (6). The nearest layout that works: "
+     "parallel.pipeline 3"),
+    ({"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+     "parallel.virtual_pipeline: 2 stages of 2 chunks do not divide model.num_layers (6). The nearest layout that "
+     "works: parallel.virtual_pipeline 3"),
+    ({"model": {"num_layers": 8}, "parallel": {"pipeline": 3, "virtual_pipeline": 2}},
+     "parallel.pipeline: 3 stages of 2 chunks do not divide model.num_layers (8). The nearest layout that works: "
+     "parallel.pipeline 4"),
+    ({"parallel": {"virtual_pipeline": 2}},
+     "parallel.virtual_pipeline: 2 chunks interleave pipeline stages, but parallel.pipeline is 1. The nearest layout "
+     "that works: parallel.virtual_pipeline 1"),
+    ({"parallel": {"pipeline": 3, "virtual_pipeline": 2}},
+     "train.global_batch_size: 32 gives 32 micro-batches, not a multiple of parallel.pipeline (3) as interleaving "
+     "(parallel.virtual_pipeline) needs. The nearest layout that works: parallel.virtual_pipeline 1"),
+    ({"model": {"seq_length": 1026}, "parallel": {"context": 2}},
+     "model.seq_length: 1026 tokens do not divide into 2 x parallel.context = 4 equal parts. The nearest layout that "
+     "works: parallel.context 3"),
     ({"parallel": {"context": 2}, "train": {"seq_length_schedule": [{"step": 0, "seq_length": 510}]}},
      "train.seq_length_schedule.0.seq_length: 510 tokens do not divide into 2 x parallel.context = 4 equal parts. "
-     "Use 508 or 512, or another parallel.context"),
+     "The nearest layout that works: parallel.context 1"),
     # batches
     ({"train": {"micro_batch_size": 5}}, "train.global_batch_size: 32 is not a multiple of train.micro_batch_size (5). "
      "Use 30 or 35, or a micro_batch_size that divides 32"),

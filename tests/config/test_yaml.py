@@ -120,8 +120,8 @@ def test_values_of_a_file(tmp_path):
     ("seed: 1\ntrain:\n\n  lr: quick\n", "{path}:4: train.lr: got 'quick', expected a number above 0 and at most "
      "1,000"),
     ("parallel:\n  tensor: 4\n",
-     "{path}:2: parallel.tensor: 4 does not divide model.num_attention_heads (6). The nearest tensor size that fits "
-     "is 2"),
+     "{path}:2: parallel.tensor: 4 does not divide model.num_attention_heads (6). The nearest layout that works: "
+     "parallel.tensor 2"),
     ("data:\n  blend:\n    - path: a\n    - {path: b, weight: -1}\n", "{path}:4: data.blend.1.weight: got -1, "
      "expected a number above 0"),
     ("train:\n  batch_size_schedule:\n    start: 4\n", "{path}:2: train.batch_size_schedule.every_steps: is required: "

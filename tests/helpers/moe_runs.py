@@ -18,6 +18,9 @@ SHAPES: dict[str, dict[str, Any]] = {
                                 "expert_bias_update_rate": 0.05, "scaling_factor": 2.5, "aux_loss_coeff": 0.1}},
     "gpt_oss": {"model__moe": {"num_experts": 4, "top_k": 3, "ffn_hidden_size": 48, "aux_loss_coeff": 0.1},
                 "model__linear_bias": True, "model__activation": "clamped_swiglu"},
+    # Experts whose bias never moves from where ``three_steps`` sets it: none but the last two gets a token.
+    "starved": {"model__moe": {"num_experts": 4, "top_k": 2, "router": "sigmoid", "expert_bias": True,
+                               "expert_bias_update_rate": 0.0}},
     "switch": {"model__moe": {"num_experts": 4, "top_k": 1, "router": "softmax_before_topk", "z_loss_coeff": 1e-2}},
 }
 
@@ -30,6 +33,9 @@ def three_steps(cfg: Config) -> dict[str, Any]:
     from engine.model import moe
 
     run = tiny.start(cfg, masked=True)
+    for _, router in moe.routers(run.chunks):
+        if router.expert_bias is not None and router.config.moe_router_bias_update_rate == 0.0:
+            router.expert_bias[:2] = -100.0
     results, gradients = [], None
     for _ in range(3):
         results.append(run.step())

@@ -1,4 +1,4 @@
-"""swiglu against float64, Transformers' chain, and at the edges of the number range."""
+"""swiglu and its clamped form against float64, Transformers' chain, and at the edges of the number range."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_kernels.swiglu import swiglu, swiglu_reference
+from engine_kernels.swiglu import clamped_swiglu, swiglu, swiglu_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 kernel = partial(swiglu, impl="cpu")
@@ -84,3 +84,36 @@ def test_torch_compile_sees_it():
 def test_odd_width_is_refused():
     with pytest.raises(ValueError, match="must be even, got 7"):
         swiglu(torch.randn(2, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_clamped_values_and_gradients_by_hand(dtype):
+    """Both sides of every clamp, where the gradient ends, and gates of 88 and more, whose exponentials overflow."""
+    x = (torch.randn(64, 2 * 20, generator=torch.Generator().manual_seed(0)) * 6).to(dtype)
+    x[0, :4] = torch.tensor([200.0, -200.0, 88.0, -60.0])
+    x.requires_grad_()
+    y = clamped_swiglu(x)
+    y.sum().backward()
+    raw_gate, raw_up = x.detach().double().chunk(2, -1)
+    gate, up = torch.minimum(raw_gate, torch.tensor(7.0)), torch.maximum(torch.minimum(raw_up, torch.tensor(7.0)),
+                                                                          torch.tensor(-7.0))
+    sigmoid = 1 / (1 + torch.exp(-1.702 * gate))
+    slope = sigmoid * (1 + 1.702 * gate * (1 - sigmoid)) * (up + 1) * (raw_gate <= 7)
+    expected_grad = torch.cat([slope, gate * sigmoid * (raw_up.abs() <= 7)], -1)
+    assert y.dtype == dtype
+    assert x.grad is not None
+    rtol = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
+    torch.testing.assert_close(y.double(), (up + 1) * gate * sigmoid, rtol=rtol, atol=2e-6)
+    torch.testing.assert_close(x.grad.double(), expected_grad, rtol=rtol, atol=2e-6)
+    assert (raw_gate > 7).any()
+    assert (raw_up.abs() > 7).any()
+
+
+def test_clamped_gradient_is_numerically_right():
+    x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 4
+    assert torch.autograd.gradcheck(clamped_swiglu, x.requires_grad_())
+
+
+def test_clamped_odd_width_is_refused():
+    with pytest.raises(ValueError, match="must be even, got 7"):
+        clamped_swiglu(torch.randn(2, 7))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hugging_face
 import pytest
 import tiny
 import torch
@@ -9,7 +10,7 @@ import torch
 from engine.config.model import YarnConfig
 from engine.data.loader import Batch
 from engine.evaluation.generation import Sampling, generate
-from engine.model import build, forward, rotary
+from engine.model import build, forward, rotary, whole
 from engine.parallel import context, topology
 
 WINDOWED = {"model__window_size": 5, "model__full_attention_every": 2}
@@ -28,7 +29,8 @@ def bare_model(cfg):
     with torch.no_grad():
         for i, (name, p) in enumerate(model.named_parameters()):  # sinks and biases that are seen
             if p.dim() == 1:
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * (0.3 if "norm" in name else 1))
+                g = torch.Generator().manual_seed(i)
+                p.add_(torch.randn(p.shape, generator=g), alpha=0.3 if "norm" in name else 1.0)
     return model
 
 
@@ -101,7 +103,8 @@ def packed(documents: list[Batch]) -> Batch:
 def stacked(one: Batch, other: Batch) -> Batch:
     parts = [torch.cat([getattr(one, name), getattr(other, name)])
              for name in ("tokens_bs", "labels_bs", "loss_mask_bs", "position_ids_bs")]
-    assert one.cu_seqlens_b and other.cu_seqlens_b
+    assert one.cu_seqlens_b
+    assert other.cu_seqlens_b
     return Batch(*parts, cu_seqlens_b=one.cu_seqlens_b + other.cu_seqlens_b)
 
 
@@ -152,15 +155,17 @@ def test_yarn_is_that_of_transformers(dim, base, factor, original, fast, slow):
 
 def test_gpt_oss_attention_is_that_of_transformers(config):
     """Window, sinks, biases, grouped queries and YaRN at once: one layer's attention on the same hidden states."""
+    from transformers import GptOssConfig
     from transformers.models.gpt_oss import modeling_gpt_oss as theirs
 
     cfg = config(**SHAPES["gpt-oss"])
     m, model = cfg.model, bare_model(cfg).eval()
-    settings = theirs.GptOssConfig(
+    settings = GptOssConfig(
         hidden_size=m.hidden_size, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        sliding_window=m.window_size, attn_implementation="eager",
+        sliding_window=m.window_size,
         rope_parameters={"rope_type": "yarn", "rope_theta": m.rotary_base, "factor": 32.0, "truncate": False,
                          "original_max_position_embeddings": 16})
+    settings._attn_implementation = "eager"
     hidden_bsh = torch.randn(2, tiny.SEQ, m.hidden_size)
     turn = theirs.GptOssRotaryEmbedding(settings)(hidden_bsh, torch.arange(tiny.SEQ)[None])
     for index, layer in enumerate(model.decoder.layers):
@@ -180,6 +185,19 @@ def test_gpt_oss_attention_is_that_of_transformers(config):
             found = ours(hidden_bsh.transpose(0, 1))[0].transpose(0, 1)
         assert expected.std() > 0.01
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_equals_mistral(config):
+    cfg = config(model__window_size=5)
+    model = bare_model(cfg).eval()
+    theirs = hugging_face.model("Mistral", whole.assemble([whole.parts([model])], tiny.VOCAB), cfg.model,
+                                vocab_size=tiny.VOCAB, sliding_window=5)
+    batch = rows(tiny.SEQ)
+    with torch.no_grad():
+        expected = theirs(batch.tokens_bs).logits
+        found = model(batch.tokens_bs, batch.position_ids_bs, None)[..., : tiny.VOCAB]
+    assert expected.std() > 0.1
+    assert (found - expected).abs().max() < 1e-4
 
 
 def test_sinks_are_drawn_and_not_decayed(config):

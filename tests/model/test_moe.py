@@ -29,8 +29,8 @@ def built(config, **changes):
 
 def plain(x_sbh, weight_eh, bias_e, choice_bias_e, kind: str, scale: float):
     """Weights [t, e], the sum over sequences of the balance loss, the sum of squared log-sums; token by token."""
-    weights, z_loss, chosen_sb = [], 0.0, []
-    shares = []
+    weights, shares, chosen_sb = [], [], []
+    z_loss = aux_loss = torch.zeros((), dtype=torch.float64)
     for x_h in x_sbh.flatten(0, 1):
         logits = weight_eh @ x_h + bias_e
         z_loss = z_loss + torch.log(torch.exp(logits).sum()) ** 2
@@ -41,7 +41,6 @@ def plain(x_sbh, weight_eh, bias_e, choice_bias_e, kind: str, scale: float):
                                     for e in range(EXPERTS)]))
         shares.append(scores / scores.sum())
         chosen_sb.append(sorted(range(EXPERTS), key=lambda e: -scores[e].item())[:TOP_K])
-    aux_loss = 0.0
     for sequence in range(x_sbh.shape[1]):
         places = range(sequence, len(shares), x_sbh.shape[1])
         for e in range(EXPERTS):
@@ -72,7 +71,8 @@ def test_router_equals_the_formula(config, kind, precision):
 
     inputs = [t.detach().double().requires_grad_() for t in (x_sbh, router.weight, router.bias)]
     choice_bias = torch.zeros(EXPERTS) if router.expert_bias is None else router.expert_bias
-    expected_te, aux_loss, z_loss = plain(*inputs, choice_bias, kind, router.config.moe_router_topk_scaling_factor)
+    scale = ROUTERS[kind].get("scaling_factor", 1.0)
+    expected_te, aux_loss, z_loss = plain(inputs[0], inputs[1], inputs[2], choice_bias, kind, scale)
     objective = (expected_te * direction_te.double()).sum()
     objective = objective + SUPERVISED * (AUX * aux_loss / SEQUENCES + Z * z_loss / (SEQUENCES * LENGTH))
     objective.backward()
@@ -188,6 +188,8 @@ def test_resuming_repeats_every_bit(config):
     for name, value in tiny.whole_weights(resumed).items():
         assert torch.equal(value, expected[name]), name
     for (_, one), (_, other) in zip(moe.routers(run.chunks), moe.routers(resumed.chunks), strict=True):
+        assert one.expert_bias is not None
+        assert other.expert_bias is not None
         assert torch.equal(one.expert_bias, other.expert_bias)
     tiny.assert_same_state(tiny.optimizer_state(resumed), tiny.optimizer_state(run))
 
@@ -244,5 +246,5 @@ def test_metrics_only_of_models_with_experts(config):
         if (stats := result.sums.router) is not None:
             shares_le = stats.tokens_per_expert_le / stats.tokens_per_expert_le.sum(1, keepdim=True)
             assert row["train/expert_load_max"] == pytest.approx(4 * shares_le.max().item(), rel=1e-6)
-            assert 1.0 <= row["train/aux_loss"] < 4.0
+            assert 0.9 <= row["train/aux_loss"] < 4.0
             assert row["train/z_loss"] == pytest.approx(stats.z_loss_l.mean().item())

@@ -1,4 +1,4 @@
-"""Mixtral, Qwen3-MoE and GPT-OSS, tiny and random: the logits of Transformers' implementations with the same weights."""
+"""Mixtral, Qwen3-MoE and GPT-OSS, tiny and random: the logits of Transformers' models with the same weights."""
 
 from __future__ import annotations
 

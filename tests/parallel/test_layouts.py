@@ -26,6 +26,7 @@ SHAPES = {
     "plain": {},
     "qk_norm": {"model__qk_norm": True, "model__tie_embeddings": False, "train__clip_grad": 0.0},
     "one_group": {"model__num_query_groups": 1, "model__attention_bias": True},
+    "biases": {"model__linear_bias": True, "model__activation": "clamped_swiglu"},
 }
 # Weights differ where Adam divides a gradient of nothing but rounding by its own size; this eps is above those.
 COMMON = {"model__num_layers": 4, "train__global_batch_size": 8, "train__eps": 1e-5, "train__clip_grad": 0.5}
@@ -36,6 +37,7 @@ def cases() -> dict[str, tuple[str, dict, str]]:
     found = {f"{layout}-plain": (layout, {}, "plain") for layout in LAYOUTS}
     for shape in ("qk_norm", "one_group"):
         found |= {f"{layout}-{shape}": (layout, SHAPES[shape], shape) for layout in ("tp2", "tp2_sp", "pp2")}
+    found |= {f"{layout}-biases": (layout, SHAPES["biases"], "biases") for layout in ("tp2", "tp2_sp")}
     for layout in ("tp2_sp", "dp2_distributed_optimizer", "pp2"):
         found[f"{layout}-bf16"] = (layout, {"train__precision": "bf16"}, "bf16")
     return found
@@ -89,6 +91,20 @@ def test_two_ranks_equal_one(config, tmp_path: Path):
     outputs = [output.strip().splitlines()[-15:] for _, output in ranks]
     assert [code for code, _ in ranks] == [0, 0], outputs
     assert not any(wrong.values()), "\n".join(f"{name}: {what}" for name, whats in wrong.items() for what in whats)
+
+
+def test_overlap_on_four_ranks_changes_nothing(config, tmp_path: Path):
+    """Every overlap that a CPU can have, where chunks and stages, or sequences, are shared as well."""
+    overlap = {"parallel__distributed_optimizer": True, "parallel__overlap_grad_reduce": True}
+    layouts = {"interleaved": {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2},
+               "sequence": {"parallel__tensor": 2, "parallel__sequence_parallel": True}}
+    configs = {name: config(**COMMON | overlap | changes) for name, changes in layouts.items()}
+    (tmp_path / "cases.json").write_text(json.dumps({name: tiny.to_json(cfg) for name, cfg in configs.items()}))
+    expected = one_rank(config(**COMMON))
+    ranks = tiny.launch(Path(__file__).with_name("layouts_worker.py"), 4, tmp_path)
+    assert [code for code, _ in ranks] == [0] * 4, [output.strip().splitlines()[-15:] for _, output in ranks]
+    for name in layouts:
+        assert not differences(torch.load(tmp_path / f"{name}.pt"), expected), name
 
 
 def test_gradients_do_not_depend_on_the_micro_batch_size(config):

@@ -28,6 +28,8 @@ TWO_RANKS = {
     "ep2": ("mixtral", EP2),
     "ep2_gather": ("deepseek", EP2 | GATHER),
     "ep2_switch": ("switch", EP2),
+    "ep2_starved": ("starved", EP2),  # the first rank's experts get nothing
+    "ep2_starved_gather": ("starved", EP2 | GATHER),
     "ep2_gpt_oss": ("gpt_oss", EP2),
     "ep2_overlap": ("mixtral", EP2 | SHARED | {"parallel__overlap_grad_reduce": True}),
     "ep2_recompute": ("deepseek", EP2 | {"train__recompute": "full"}),
@@ -49,6 +51,7 @@ FOUR_RANKS = {
     "ep2_tp2_gather": ("deepseek", EP2 | TP2 | GATHER),
     "ep2_tp2_etp1_shared": ("gpt_oss", EP2 | TP2 | ETP1 | SHARED),
     "ep2_etp2": ("mixtral", EP2 | ETP2),
+    "ep2_etp2_starved": ("starved", EP2 | ETP2),
     "ep2_etp2_gather": ("mixtral", EP2 | ETP2 | GATHER),
     "ep2_pp2": ("gpt_oss", EP2 | PP2),
     "ep2_pp2_interleaved": ("mixtral", EP2 | PP2 | {"parallel__virtual_pipeline": 2} | FOUR_LAYERS),

@@ -52,7 +52,7 @@ def test_a_layout_that_is_right(tmp_path, capsys):
     assert "TP2 DP1, 2 ranks, against one rank, fp32, tolerance 1e-05" in text
     assert "verdict: EQUAL to one rank within 1e-05; worst " in text
     assert f"mainspring verify-layout --config {DEMO} --shrink --parallel.tensor 2" in text
-    assert "train.eps 0.0001 for 1e-08 on both sides" in text
+    assert "train.eps 1e-05 for 1e-08 on both sides" in text
     found = strictly((tmp_path / "new" / "found.json").read_text())
     for name, version in found["versions"].items():
         assert f"{name} {version}" in text
@@ -86,7 +86,7 @@ def test_a_layout_that_is_wrong(tmp_path, capsys, monkeypatch):
     [
         (["--parallel.tensor", "3"], "parallel.tensor: 3 does not divide model.num_attention_heads (4)"),
         (["--parallel.tensor", "2", "--ranks", "3"], "3 ranks do not fit tensor 2, which takes a multiple of 2"),
-        (["--parallel.sequence_parallel"], "parallel.sequence_parallel: shares the sequence over tensor ranks"),
+        (["--parallel.sequence_parallel"], "shares sequences over tensor ranks, but parallel.tensor is 1"),
         (["--tolerance", "0"], "tolerance: got 0, expected"),
         (["--shrnk"], "--shrnk: unknown option. Did you mean --shrink?"),
     ],

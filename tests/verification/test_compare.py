@@ -28,11 +28,11 @@ def run(folder: Path, name: str, gradients: dict, *, steps=None) -> Path:
     return path
 
 
-def errors(tmp_path: Path, expected: dict, *ranks: dict, tied: bool = False) -> dict[str, dict]:
+def errors(tmp_path: Path, expected: dict, *ranks: dict, tied: bool = False, kind="gradients") -> dict[str, dict]:
     one = run(tmp_path, "one", {name: (WHOLE, value) for name, value in expected.items()})
     others = [run(tmp_path, f"rank{i}", rank) for i, rank in enumerate(ranks)]
     found = compare.compare([one], others, tied=tied)
-    return {tensor["name"]: tensor["gradients"] for tensor in found["tensors"]}
+    return {tensor["name"]: tensor[kind] for tensor in found["tensors"]}
 
 
 @settings(max_examples=30, deadline=None)
@@ -49,7 +49,8 @@ def test_the_error_is_norm_wise_over_the_whole_tensor(tmp_path_factory, seed, si
 
 def test_the_worst_copy_counts(tmp_path):
     whole = torch.ones(4)
-    found = errors(tmp_path, {NORM: whole}, {NORM: (WHOLE, whole)}, {NORM: (WHOLE, whole * 1.5)}, {NORM: (WHOLE, whole)})
+    right = {NORM: (WHOLE, whole)}
+    found = errors(tmp_path, {NORM: whole}, right, {NORM: (WHOLE, whole * 1.5)}, right)
     assert found[NORM]["error"] == found[NORM]["copies"] == pytest.approx(0.5)
     assert found[NORM]["rank"] == 1
     parts = [{FC1: (place, torch.ones(4, 3))} for place in (*PARTED, *PARTED)]
@@ -91,15 +92,25 @@ def test_rounding_in_a_gradient_that_is_zero_is_forgiven_and_no_more(tmp_path, n
     """``noise`` relative to the model's average element; at the tolerance of 1e-5 the line is at 1e-8."""
     average = 3.0  # of a model that is this norm and a tiny zero tensor
     expected = {NORM: torch.full((4000,), average), FC1: torch.zeros(4, 3)}
-    found = errors(tmp_path, expected, {NORM: (WHOLE, expected[NORM]), FC1: (WHOLE, torch.full((4, 3), noise * average))})
+    rank = {NORM: (WHOLE, expected[NORM]), FC1: (WHOLE, torch.full((4, 3), noise * average))}
+    found = errors(tmp_path, expected, rank)
     assert (found[FC1]["error"] < 1e-5) == passes
-    assert found[FC1]["error"] == pytest.approx(noise / compare.FLOOR, rel=0.01)
+    assert found[FC1]["error"] == pytest.approx(noise / compare.FLOORS["gradients"], rel=0.01)
 
 
 def test_a_small_tensor_that_is_wrong_is_not_forgiven(tmp_path):
     expected = {NORM: torch.ones(4000), FC1: torch.full((4, 3), 1e-6)}
     found = errors(tmp_path, expected, {NORM: (WHOLE, expected[NORM]), FC1: (WHOLE, torch.full((4, 3), 2e-6))})
     assert found[FC1]["error"] == pytest.approx(1e-3, rel=0.01)
+
+
+def test_a_bias_that_began_at_zero_is_measured_by_the_average_weight(tmp_path):
+    expected = {NORM: torch.ones(4000), FC1: torch.full((4, 3), 0.01)}
+    found = errors(tmp_path, expected, {NORM: (WHOLE, expected[NORM]), FC1: (WHOLE, torch.full((4, 3), 0.02))},
+                   kind="weights")
+    assert found[FC1]["error"] == pytest.approx(0.01, rel=0.01)
+    assert errors(tmp_path, expected, {NORM: (WHOLE, expected[NORM] * 1.5), FC1: (WHOLE, expected[FC1])},
+                  kind="weights")[NORM]["error"] == pytest.approx(0.5)
 
 
 def test_the_head_on_the_last_stage_is_a_copy_of_a_tied_embedding(tmp_path):

@@ -111,5 +111,6 @@ def test_what_would_differ_for_a_reason_is_off_on_both_sides_and_said():
     assert (small.model.dropout, small.train.precision, small.device, ranks) == (0.0, "fp32", "cpu", 2)
     assert (small.train.schedule, small.train.warmup_steps, small.train.eps) == ("constant", 0, jobs.LEAST_EPS)
     said = "\n".join(jobs.notes(small, cfg))
-    for words in ("learning rate 0.01 throughout", "train.eps 0.0001 for 1e-08", "model.dropout 0 for 0.1", "4096 words"):
+    for words in ("learning rate 0.01 throughout", "train.eps 1e-05 for 1e-08", "model.dropout 0 for 0.1",
+                  "4096 words"):
         assert words in said

@@ -27,7 +27,7 @@ def test_a_layout_equals_one_rank(summaries, name):
     assert "failure" not in found, found["failure"]["error"]
     assert found["passed"], (found["failed"], found["worst"], found["worst_tensor"])
     counts = [step["tokens"][0] for step in found["steps"]]
-    assert all(0 < count for count in counts)
+    assert all(count > 0 for count in counts)
     assert all(step["loss"]["expected"] > 1.0 for step in found["steps"]), "the model has learnt to predict noise"
     moved = {tensor["name"] for tensor in found["tensors"] if tensor["gradients"] and tensor["gradients"]["size"] > 0}
     silent = {tensor["name"] for tensor in found["tensors"]} - moved
@@ -38,8 +38,8 @@ def test_the_rows_are_those_of_the_issue():
     names = {(row.section, row.layout) for row in ROWS.values()}
     dense = ["TP2", "TP2+SP", "TP4+SP", "PP2", "PP4", "PP2, 2 chunks a rank", "CP2", "CP4", "DP2",
              "DP4, distributed optimizer"]
-    products = ["TP2×PP2", "TP2+SP×CP2", "CP2×PP2", "DP2×TP2", "DP2×PP2, distributed optimizer"]
-    experts = ["EP2", "EP4", "EP2×TP2+SP, expert TP2", "EP2×PP2", "EP2, expert TP2, TP1"]
+    products = ["TP2 x PP2", "TP2+SP x CP2", "CP2 x PP2", "DP2 x TP2", "DP2 x PP2, distributed optimizer"]
+    experts = ["EP2", "EP4", "EP2 x TP2+SP, expert TP2", "EP2 x PP2", "EP2, expert TP2, TP1"]
     muon = ["TP2", "TP2+SP", "PP2", "DP2", "EP2"]
     wanted = {"Dense": dense, "Products": products, "Experts": experts, "Muon": muon}
     assert {(section, layout) for section, list_ in wanted.items() for layout in list_} <= names
