@@ -37,13 +37,18 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
 
 def run(options: argparse.Namespace) -> list[Row]:
     """Compares both sides, then times them. -> a row for each precision. A side that differs is a WorkerError."""
-    plan = bench_train.worker_config(argparse.Namespace(
-        model=options.layers_model, rounds=options.layers_rounds, steps_per_round=options.layers_steps,
-        threads=options.threads, device="cpu", seq_length=None, global_batch_size=None, micro_batch_size=None))
+    plan = _plan(options)
     wanted = PRECISIONS if options.layers_precision == "all" else (options.layers_precision,)
     with tempfile.TemporaryDirectory(prefix="bench_layers_") as folder:
         plan["tokens"] = str(bench_train._write_tokens(Path(folder) / "tokens.npy", plan))
         return [_row(plan | {"precision": precision}, options, Path(folder)) for precision in wanted]
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    """What every worker gets."""
+    return bench_train.worker_config(argparse.Namespace(
+        model=options.layers_model, rounds=options.layers_rounds, steps_per_round=options.layers_steps,
+        threads=options.threads, device="cpu", seq_length=None, global_batch_size=None, micro_batch_size=None))
 
 
 def _row(plan: dict[str, Any], options: argparse.Namespace, folder: Path) -> Row:
@@ -64,7 +69,7 @@ def _row(plan: dict[str, Any], options: argparse.Namespace, folder: Path) -> Row
     steps = options.layers_steps
     cpu, clock = ({side: [answer[key] / steps for answer in answers[side]] for side in SIDES}
                   for key in ("cpu_seconds", "seconds"))
-    values = {"engine / direct CPU": median_ratio(cpu["engine"], cpu["direct"]),
+    values: dict[str, Any] = {"engine / direct CPU": median_ratio(cpu["engine"], cpu["direct"]),
               "engine / direct time": median_ratio(clock["engine"], clock["direct"])}
     for side in SIDES:
         values |= {f"{side} CPU s/step": statistics.median(cpu[side]), f"{side} s/step": statistics.median(clock[side]),

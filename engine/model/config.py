@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ class ModelSettings(TransformerConfig):
 
     kernel_impl: str = "auto"
     vocab_size: int = 0
-    rotary: Rotary = Rotary(0)
+    rotary: Rotary = field(default_factory=lambda: Rotary(0))
     activation: str = "swiglu"
     router: str = ""
     expert_bias: bool = False

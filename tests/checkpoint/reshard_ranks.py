@@ -52,16 +52,16 @@ LAYOUTS: dict[str, dict[str, tuple[int, dict]]] = {  # family -> layout -> ranks
         "tp2": (2, T2 | SP),
         "pp2": (2, P2),
         "dp2_distributed": (2, DIST),
-        "ep2_tp2": (4, EP | T2 | SP | {"expert_tensor": 1}),
+        "ep2_tp2": (4, EP | T2 | SP),
         "ep2_pp2_distributed": (4, EP | P2 | DIST),
         "ep2_dp4_distributed": (4, EP | DIST),
     },
     "muon": {
         "one": (1, {}),
-        "tp2": (2, T2 | SP),
+        "tp2": (2, T2 | SP | {"expert_tensor": 1}),
         "pp2": (2, P2),
         "dp2": (2, {}),
-        "ep2_tp2": (4, EP | T2 | SP),
+        "ep2_tp2": (4, EP | T2 | SP | {"expert_tensor": 1}),
     },
 }
 BUCKET = 2000  # elements, where a layout's name ends in "buckets": parameters and ranks' slices cross many borders

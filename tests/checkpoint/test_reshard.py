@@ -13,15 +13,15 @@ WORKER = Path(__file__).with_name("reshard_ranks.py")
 # Four layers are two for each of two interleaved pipeline stages; rows are padded to 304 or, split in two, to 320.
 MODEL = {"model__num_layers": 4, "model__hidden_size": 16, "model__ffn_hidden_size": 24, "model__seq_length": 8,
          "model__vocab_multiple": 16, "model__qk_norm": True, "model__attention_bias": True,
+         "model__attention_sinks": True,
          "data__shuffle_seed": 7, "train__eps": 1e-5}
-MOE = {"model__num_layers": 2, "model__moe": {
-    "num_experts": 4, "top_k": 2, "ffn_hidden_size": 12, "shared_ffn_hidden_size": 12, "num_dense_layers": 1,
-    "router": "sigmoid", "expert_bias": True}}
+EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 12}
 FAMILIES = {
     "dense": {},
     "bf16": {"train__precision": "bf16", "model__tie_embeddings": False},
-    "moe": MOE,
-    "muon": MOE | {"train__optimizer": "muon"},
+    "moe": {"model__num_layers": 2, "model__moe": EXPERTS | {
+        "shared_ffn_hidden_size": 12, "num_dense_layers": 1, "router": "sigmoid", "expert_bias": True}},
+    "muon": {"model__num_layers": 2, "model__moe": EXPERTS, "model__linear_bias": True, "train__optimizer": "muon"},
 }
 
 

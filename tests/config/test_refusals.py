@@ -26,6 +26,8 @@ REFUSALS = [
     ({"model": {"full_attention_every": 2}}, "model.full_attention_every: is for models with a window, but "
      "window_size is null. "
      "Set model.window_size, or full_attention_every to null"),
+    ({"model": {"yarn": {}, "backend": "te"}},
+     "model.yarn: is built into the engine's attention, but backend is te. Use backend engine"),
     ({"model": {"seq_length": 8192, "yarn": {"factor": 1.5, "original_seq_length": 4096}}},
      "model.yarn.factor: stretches the context to 6144 tokens, but model.seq_length is 8192. Raise factor, or lower "
      "model.seq_length"),

@@ -90,3 +90,10 @@ def test_packing_and_windows_are_seen(one_rank):
     losses = [one_rank(shape, packed)["losses"][0] for shape in ("plain", "gpt_oss") for packed in (False, True)]
     assert len({round(loss, 3) for loss in losses}) == 4, losses
     assert len(set(one_rank("plain", True)["counts"][:3])) == 3, "the masks are not uneven"
+
+
+def test_the_documented_arithmetic_is_the_benchmarks():
+    from benchmarks import bench_context
+
+    text = (Path(__file__).parents[2] / "docs" / "context_parallel.md").read_text(encoding="utf-8")
+    assert bench_context.paper() in text
