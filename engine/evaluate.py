@@ -1,8 +1,13 @@
-"""`mainspring evaluate --checkpoint …`: held-out perplexity, token accuracy and speed, from a checkpoint alone."""
+"""`mainspring evaluate --checkpoint …`: held-out perplexity, token accuracy and speed, from a checkpoint alone.
+
+On several processors: `torchrun --nproc-per-node 4 -m engine.evaluate …` shares the data over them, with
+`--parallel.tensor 2` and the like also the model.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -67,3 +72,9 @@ def run(restored: Restored, *, data: Path | None = None, split: Literal["validat
     with loader.build(cfg, split, dp_rank=groups.data_parallel_rank, dp_size=groups.data_parallel_size) as held_out:
         return evaluate(restored.chunks, held_out, groups, micro_batch_size=batch_size,
                         seq_length=seq_length or cfg.model.seq_length, max_sequences=max_sequences)
+
+
+if __name__ == "__main__":
+    from engine.runtime import command
+
+    sys.exit(command(main, sys.argv[1:]))

@@ -73,3 +73,9 @@ def continuations(restored: Restored, prompt: str, *, num_samples: int = 1, **sa
     rows = generate(restored.chunks[0], tokenizer.encode(prompt), Sampling(**sampling), eod_id=tokenizer.eod_id,
                     vocab_size=tokenizer.vocab_size, num_samples=num_samples)
     return [tokenizer.decode(row) for row in rows]
+
+
+if __name__ == "__main__":
+    from engine.runtime import command
+
+    sys.exit(command(main, sys.argv[1:]))

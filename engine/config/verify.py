@@ -39,7 +39,7 @@ class VerifyConfig(Config):
     The configuration is the training run's; data, checkpoints and logging are not used.
     """
 
-    aliases: ClassVar[dict[str, str]] = {
+    aliases: ClassVar[dict[str, str]] = Config.aliases | {
         "shrink": "verify.shrink", "ranks": "verify.ranks", "tolerance": "verify.tolerance",
         "precision": "verify.precision", "json": "verify.json_file",
     }

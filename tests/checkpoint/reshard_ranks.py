@@ -43,6 +43,7 @@ LAYOUTS: dict[str, dict[str, tuple[int, dict]]] = {  # family -> layout -> ranks
         "one_distributed": (1, DIST),
         "dp2": (2, {}),
         "tp2_distributed": (2, T2 | DIST),
+        "cp2_distributed": (2, {"context": 2} | DIST),
         "dp4_buckets": (4, OVERLAP),
         "pp2_dp2": (4, P2 | DIST),
     },

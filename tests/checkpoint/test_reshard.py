@@ -13,8 +13,7 @@ WORKER = Path(__file__).with_name("reshard_ranks.py")
 # Four layers are two for each of two interleaved pipeline stages; rows are padded to 304 or, split in two, to 320.
 MODEL = {"model__num_layers": 4, "model__hidden_size": 16, "model__ffn_hidden_size": 24, "model__seq_length": 8,
          "model__vocab_multiple": 16, "model__qk_norm": True, "model__attention_bias": True,
-         "model__attention_sinks": True,
-         "data__shuffle_seed": 7, "train__eps": 1e-5}
+         "model__attention_sinks": True, "data__shuffle_seed": 7, "train__eps": 1e-5}
 EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 12}
 FAMILIES = {
     "dense": {},
@@ -47,7 +46,7 @@ def of(pairs: dict, family: str, layouts: int) -> list[dict]:
 
 
 @pytest.mark.parametrize(("family", "layouts", "tolerance"), [
-    ("dense", 8, 1e-6), ("bf16", 6, 2e-2), ("moe", 8, 1e-6), ("muon", 5, 1e-6)])
+    ("dense", 8, 1e-6), ("bf16", 7, 1e-3), ("moe", 8, 1e-6), ("muon", 5, 1e-6)])
 def test_every_layout_continues_from_every_other(pairs, family, layouts, tolerance):
     for pair in of(pairs, family, layouts):
         what = pair["source"], pair["target"]

@@ -24,6 +24,7 @@ from engine import cli
 from engine.config import Config, dump_yaml, fields, load_yaml
 from engine.config.inference import EvaluateConfig, GenerateConfig, ReportConfig
 from engine.config.prepare import PrepareConfig
+from engine.config.verify import VerifyConfig
 from engine.runtime import command
 
 PRETRAIN = Path(engine.pretrain.__file__)
@@ -236,9 +237,10 @@ def test_a_bug_keeps_its_traceback():
 
 
 MODELS = {"prepare": PrepareConfig, "pretrain": Config, "evaluate": EvaluateConfig, "generate": GenerateConfig,
-          "report": ReportConfig}
+          "report": ReportConfig, "verify-layout": VerifyConfig}
 REQUIRED = {"prepare": ["--input", "a", "--input", "b", "--output", "o"], "pretrain": ["--seed=7", "data.path=d"],
-            "evaluate": ["--checkpoint", "c"], "generate": ["--checkpoint", "c"], "report": ["--run", "r"]}
+            "evaluate": ["--checkpoint", "c"], "generate": ["--checkpoint", "c"], "report": ["--run", "r"],
+            "verify-layout": ["--shrink", "--max_steps", "9"]}
 
 
 def mains() -> list:

@@ -137,6 +137,16 @@ def test_impossible_layouts_are_refused_before_anything_starts(results, checkpoi
         main(["--checkpoint", str(checkpoints["one"]), *words, *(["--prompt", "a"] if command == "generate" else [])])
 
 
+def test_ranks_end_with_one_line(results, checkpoints):
+    """The modules as torchrun starts them."""
+    script = Path(evaluate.__file__ or "")
+    ranks = tiny.launch(script, 2, "--checkpoint", checkpoints["one"], "--parallel.expert", 2)
+    assert [code for code, _ in ranks] == [2, 2]
+    lines = [line for _, output in ranks for line in output.splitlines() if line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: parallel.expert: 2 ranks share experts, but the model has none")
+
+
 def test_no_text_where_ranks_share_the_sequence(results, checkpoints, monkeypatch):
     with restore.model(checkpoints["one"]) as restored:
         monkeypatch.setattr(restored.chunks[0].config, "sequence_parallel", True)
