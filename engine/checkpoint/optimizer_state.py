@@ -123,7 +123,8 @@ def _wholes(inner: Any, groups: Groups) -> Iterator[Held]:
 
 
 def held(optimizer: Any, groups: Groups) -> Iterator[Held]:
-    """The state of every parameter of this model-parallel rank, in the same order on all its data-parallel ranks.
+    """The state of every parameter of this model-parallel rank, in the same order on all its data-parallel ranks; of an
+    optimizer with owners the owned ones only.
 
     Of an inner optimizer ``optimizer.state_of(main)`` is asked: its tensors for a parameter, made if there were none.
     """
@@ -218,7 +219,7 @@ class Restoring:
 
     @torch.no_grad()
     def fill(self, loaded: dict[str, torch.Tensor]) -> None:
-        """Puts what was loaded into the optimizer. Raises nothing: names and shapes were checked before."""
+        """Puts what was loaded into the optimizer; names and shapes were checked before."""
         for name, whole in loaded.items():
             target, (start, end) = self.targets[name]
             if whole.data_ptr() != target.data_ptr():  # not loaded in place

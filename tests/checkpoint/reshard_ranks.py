@@ -104,7 +104,7 @@ def save(family: str, name: str, folder: Path) -> None:
 def load(family: str, target: str, folder: Path) -> None:
     run = start(family, target, folder, seed=999)
     for source in LAYOUTS[family]:
-        run.load(layout.latest(layout.root(folder / family / source)))
+        run.load(layout.find(folder / family / source))
         expected = torch.load(folder / family / f"{source}.pt")
         wrong = gathered.differing(gathered.state(run), expected["state"])
         if run.state.to_dict() != expected["train"]:

@@ -108,7 +108,7 @@ def test_a_run_can_be_saved_before_its_first_update(config):
     assert resumed.step().sums.loss == run.step().sums.loss
 
 
-def test_a_frequent_change_of_state_leaves_nothing_behind(run, config):
+def test_what_is_loaded_depends_on_nothing_before(run, config):
     """Loading over a run that has gone on gives what loading into a fresh one gives."""
     path = run.save()
     fresh = tiny.start(config(seed=5))

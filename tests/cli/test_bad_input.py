@@ -157,7 +157,8 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str, str]] = {
     "config file is not text": (
         lambda p: ["pretrain", "--config", p.file("c.yaml", b"\xff\xfe\x00")], "/c.yaml", "UTF-8"),
     "impossible layout": (
-        lambda p: p.train("--parallel.tensor", 3), "--parallel.tensor: 3", "The nearest layout that works: parallel.te"),
+        lambda p: p.train("--parallel.tensor", 3), "--parallel.tensor: 3",
+        "The nearest layout that works: parallel.te"),
     "world size": (lambda p: p.train("--parallel.tensor", 2), "1 rank does not fit tensor 2", "Start 2 ranks"),
     "no data": (lambda p: ["pretrain", "--output_dir", p.tmp / "new"], "data.path", "mainspring prepare"),
     "missing data": (

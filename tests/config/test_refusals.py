@@ -63,8 +63,9 @@ REFUSALS = [
     ({"model": {**MOE, "linear_bias": True}, "parallel": SP2},
      "parallel.tensor: experts with biases (model.linear_bias) cannot be split over 2 ranks. The nearest layout that "
      "works: parallel.expert_tensor 1"),
-    ({"model": MOE, "parallel": {"expert": 2}, "train": {"precision": "fp16"}},
-     "train.precision: fp16 does not go with parallel.expert 2. Use train.precision bf16, or parallel.expert 1"),
+    ({"model": MOE, "train": {"precision": "fp16"}},
+     "train.precision: fp16 does not go with model.moe: experts would scale by themselves. "
+     "Use train.precision bf16"),
     # layout
     ({"parallel": {"tensor": 4}},
      "parallel.tensor: 4 does not divide model.num_attention_heads (6). The nearest layout that works: "

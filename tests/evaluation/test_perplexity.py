@@ -89,7 +89,7 @@ def test_two_ranks_of_every_layout_equal_one(config, tmp_path):
     for code, output in tiny.launch(Path(__file__).with_name("two_ranks.py"), 2, tmp_path):
         assert code == 0, output[-5000:]
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results) == {"dp2", "tp2", "pp2", "pp2_interleaved", "dp2_overlap"}
+    assert set(results) == {"dp2", "tp2", "pp2", "cp2", "pp2_interleaved", "dp2_overlap"}
     for layout, found in results.items():
         for one, other in zip(found, expected, strict=True):
             assert one["tokens"] == other["tokens"], layout

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from engine.data import loader
 from engine.evaluation.perplexity import evaluate
 
-LAYOUTS = {"dp2": {}, "tp2": {"parallel.tensor": 2}, "pp2": {"parallel.pipeline": 2},
+LAYOUTS = {"dp2": {}, "tp2": {"parallel.tensor": 2}, "pp2": {"parallel.pipeline": 2}, "cp2": {"parallel.context": 2},
            "pp2_interleaved": {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2},
            "dp2_overlap": {"parallel.distributed_optimizer": True, "parallel.overlap_grad_reduce": True}}
 
