@@ -122,7 +122,7 @@ def worlds(rank: int, stores: Path) -> Iterator[int]:
     for world in (1, 2, 4, 8):
         if rank < world:
             os.environ["WORLD_SIZE"] = str(world)
-            store = dist.FileStore(f"{stores}-{world}", world)
+            store = dist.FileStore(f"{stores}-{world}", world)  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
             yield world
             tiny.forget_layout()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import signal
@@ -51,6 +52,8 @@ def rank(number: int, outputs: Path, script: str, arguments: list[str]) -> None:
 
 def main(outputs: Path, script: str, arguments: list[str]) -> None:
     preload()
+    gc.collect()
+    gc.freeze()  # the ranks' collections need not walk what was imported, nor copy its pages
     world = int(os.environ["WORLD_SIZE"])
     children = {}
     for number in range(world):
