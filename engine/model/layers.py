@@ -65,6 +65,18 @@ def residual_add(training: bool, fused: bool):
     return add
 
 
+def _sum_gradient(weight: Any, grad: torch.Tensor) -> None:
+    """Adds to ``main_grad``, which is zero before a step's first micro-batch, as Megatron's hook would: same bits.
+
+    The first is copied, which spares reading the zeros, and the hook finds nothing to add.
+    """
+    if weight.grad_added_to_main_grad:
+        weight.main_grad.add_(grad)
+    else:
+        weight.main_grad.copy_(grad)
+        weight.grad_added_to_main_grad = True  # until DDP's zero_grad_buffer
+
+
 class _ParallelLinear(torch.autograd.Function):
     """y = x wᵀ with Megatron's tensor- and sequence-parallel communication, products through ``engine_kernels``.
 
@@ -97,6 +109,9 @@ class _ParallelLinear(torch.autograd.Function):
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
             summing = dist.reduce_scatter_tensor(grad_x, grad_total, group=ctx.tp_group, async_op=True)
         grad_weight = matmul_tn(grad_y, total) if ctx.needs_input_grad[1] else None
+        if grad_weight is not None and getattr(weight, "sums_own_gradient", False):
+            _sum_gradient(weight, grad_weight)
+            grad_weight = None
         grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.has_bias else None
         if summing is not None:
             summing.wait()

@@ -72,6 +72,7 @@ def _table(rotary: Rotary, length: int, device: torch.device) -> tuple[torch.Ten
     return cos, sin
 
 
+@functools.lru_cache(maxsize=4)  # in training every layer asks for the same
 def table(rotary: Rotary, start: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin at positions start … start + length - 1, fp32 [length, r] each: views of a cached table."""
     end = start + length

@@ -21,7 +21,6 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
@@ -29,6 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 from engine.errors import UserError
 from engine.model.attention import CoreAttention, SelfAttention
 from engine.model.config import ModelSettings
+from engine.model.layer import Layer
 from engine.model.layers import ColumnParallelLinear, RMSNorm, RowParallelLinear, SwiGLU, residual_add
 from engine.model.moe import Router
 
@@ -83,7 +83,7 @@ def _engine_layer(settings: ModelSettings, experts: int | None) -> ModuleSpec:
         k_layernorm=qk_norm,
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal},

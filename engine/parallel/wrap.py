@@ -35,13 +35,16 @@ def ddp_config(cfg: Config, groups: Groups) -> DistributedDataParallelConfig:
 
 def apply(chunks: list[Any], cfg: Config, groups: Groups) -> list[DistributedDataParallel]:
     """The model chunks wrapped for training. Gradients land in each parameter's ``main_grad`` (fp32)."""
-    wrapped = []
+    wrapped, ddp = [], ddp_config(cfg, groups)
     for i, chunk in enumerate(chunks):
         settings = chunk.config
+        for parameter in chunk.parameters():
+            # Read by the engine's linear layers. To overlap, Megatron's hooks must see a gradient.
+            parameter.sums_own_gradient = not ddp.overlap_grad_reduce
         if settings.bf16 or settings.fp16:
             chunk = Float16Module(settings, chunk)
         wrapped.append(DistributedDataParallel(
-            config=settings, ddp_config=ddp_config(cfg, groups), module=chunk,
+            config=settings, ddp_config=ddp, module=chunk,
             # Only the first chunk's buckets can be reduced while later chunks still run.
             disable_bucketing=i > 0, pg_collection=groups.pg))
     return wrapped
