@@ -16,10 +16,6 @@ def start(config: dict) -> tuple[Step, list]:
     import torch
 
     torch.set_num_threads(config["threads"])
-    if config.get("keep_memory"):
-        from engine.runtime import keep_freed_memory
-
-        keep_freed_memory()
     from engine.config import Config
     from engine.model import build as model_build
     from engine.parallel import topology, wrap

@@ -109,7 +109,8 @@ class _ParallelLinear(torch.autograd.Function):
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
             summing = dist.reduce_scatter_tensor(grad_x, grad_total, group=ctx.tp_group, async_op=True)
         grad_weight = matmul_tn(grad_y, total) if ctx.needs_input_grad[1] else None
-        if grad_weight is not None and getattr(weight, "sums_own_gradient", False):
+        # A hook that somebody hung on the weight gets its gradient, as ever.
+        if grad_weight is not None and getattr(weight, "sums_own_gradient", False) and not weight._backward_hooks:
             _sum_gradient(weight, grad_weight)
             grad_weight = None
         grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.has_bias else None

@@ -1,6 +1,6 @@
 """The engine's layers called directly: plain PyTorch around the same kernels, without Megatron.
 
-The other side of bench_layers: what the step would cost if nothing stood between the loop and the kernels. Weights go
+One side of bench_layers: what the step would cost if nothing stood between the loop and the kernels. Weights go
 by the engine's names, so that both sides can be compared tensor by tensor.
 
 s sequence, b batch, h hidden, n tokens of a micro-batch (s·b).
@@ -8,15 +8,12 @@ s sequence, b batch, h hidden, n tokens of a micro-batch (s·b).
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from benchmarks.workers.engine_worker import ArrayLoader
-from benchmarks.workers.protocol import Step, serve
 from engine.losses.next_token import next_token_loss
-from engine.runtime import keep_freed_memory
 from engine_kernels.attention import causal_attention
 from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
 from engine_kernels.rms_norm import rms_norm
@@ -74,9 +71,6 @@ class Trainer:
         self.main = {name: value.float().clone().requires_grad_(not half) for name, value in weights.items()}
         self.weights = {n: p.detach().bfloat16().requires_grad_() for n, p in self.main.items()} if half else self.main
         self.sums = {name: torch.zeros_like(p) for name, p in self.main.items()} if half else None
-        if self.sums is not None:
-            for p, total in zip(self.weights.values(), self.sums.values(), strict=True):
-                p.register_post_accumulate_grad_hook(functools.partial(self._sum, total))
         decayed, rest = ([p for p in self.main.values() if (p.dim() > 1) == matrix] for matrix in (True, False))
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config["weight_decay"]}, {"params": rest, "weight_decay": 0.0}],
@@ -94,20 +88,18 @@ class Trainer:
         batches = self.data.micro_batches(index * batch_size * length, global_batch_size=batch_size,
                                           micro_batch_size=c["micro_batch_size"], seq_length=length)
         for number, batch in enumerate(batches):
-            self.first = number == 0
             loss = loss_sum(self.weights, c["shape"], self.cos_sr, self.sin_sr, batch)
             loss.backward()
             total += loss.item()
             tokens += int(batch.loss_mask_bs.sum())
+            for name, total_gradient in (self.sums or {}).items():
+                weight = self.weights[name]
+                assert weight.grad is not None
+                _ = total_gradient.add_(weight.grad) if number else total_gradient.copy_(weight.grad)
+                weight.grad = None
         gradients = self.sums or {name: p.grad for name, p in self.main.items() if p.grad is not None}
         self._update(gradients, tokens)
         return total / tokens
-
-    def _sum(self, total: torch.Tensor, weight: torch.Tensor) -> None:
-        """Within the backward pass, where autograd itself sums fp32 gradients: nobody holds all those of a pass."""
-        assert weight.grad is not None
-        _ = total.copy_(weight.grad) if self.first else total.add_(weight.grad)
-        weight.grad = None
 
     @torch.no_grad()
     def _update(self, gradients: Weights, tokens: int) -> None:
@@ -127,17 +119,3 @@ class Trainer:
             if self.sums is not None:
                 self.weights[name].copy_(p)
         self.gradients = gradients  # for the comparison, before the next step
-
-
-def build(config: dict) -> tuple[Step, dict]:
-    """``config``: bench_train.worker_config, its initial weights by the engine's names in ``load_weights``."""
-    from safetensors.torch import load_file
-
-    torch.set_num_threads(config["threads"])
-    keep_freed_memory()
-    trainer = Trainer(config, load_file(config["load_weights"]))
-    return trainer.step, {"parameters": sum(p.numel() for p in trainer.main.values())}
-
-
-if __name__ == "__main__":
-    serve(build)
