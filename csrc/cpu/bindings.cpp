@@ -15,18 +15,22 @@ using Address = std::uintptr_t;
 template <class T>
 static T* at(Address address) { return reinterpret_cast<T*>(address); }
 
-static void rms_norm_fwd(int dtype, Address x, Address w, Address y, Address rstd, int64_t n, int64_t d,
-                         int64_t x_stride, float eps, float offset, int threads) {
+static void rms_norm_fwd(int dtype, Address x, Address residual, Address w, Address y, Address total, Address rstd,
+                         int64_t n, int64_t d, int64_t x_stride, int64_t residual_stride, float eps, float offset,
+                         int threads) {
     RmsNorm a{};
-    a.dtype = dtype, a.d = d, a.x_stride = x_stride, a.eps = eps, a.offset = offset;
+    a.dtype = dtype, a.d = d, a.x_stride = x_stride, a.extra_stride = residual_stride, a.eps = eps, a.offset = offset;
+    a.extra = at<void>(residual), a.total = at<void>(total);
     a.x = at<void>(x), a.w = at<float>(w), a.out = at<void>(y), a.rstd = at<float>(rstd);
     split_rows(n, threads, [&](int64_t begin, int64_t end, int) { kernels().rms_norm_fwd(a, begin, end); });
 }
 
-static void rms_norm_bwd(int dtype, Address x, Address dy, Address w, Address rstd, Address dx, Address dw_partial,
-                         int64_t n, int64_t d, int64_t x_stride, int64_t dy_stride, float offset, int threads) {
+static void rms_norm_bwd(int dtype, Address x, Address dy, Address dtotal, Address w, Address rstd, Address dx,
+                         Address dw_partial, int64_t n, int64_t d, int64_t x_stride, int64_t dy_stride,
+                         int64_t dtotal_stride, float offset, int threads) {
     RmsNorm a{};
-    a.dtype = dtype, a.d = d, a.x_stride = x_stride, a.dy_stride = dy_stride, a.offset = offset;
+    a.dtype = dtype, a.d = d, a.x_stride = x_stride, a.dy_stride = dy_stride, a.extra_stride = dtotal_stride;
+    a.offset = offset, a.extra = at<void>(dtotal);
     a.x = at<void>(x), a.dy = at<void>(dy), a.w = at<float>(w), a.out = at<void>(dx), a.rstd = at<float>(rstd);
     a.dw_partial = at<float>(dw_partial);
     split_rows(n, threads, [&](int64_t begin, int64_t end, int thread) {

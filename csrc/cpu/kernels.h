@@ -12,12 +12,14 @@ enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
 
 struct RmsNorm {  // y = x * rstd * (w + offset); x [n, d], w [d] fp32, rstd [n] fp32
     int dtype;
-    int64_t d, x_stride, dy_stride;
+    int64_t d, x_stride, dy_stride, extra_stride;
     float eps, offset;
     const void *x, *dy;
+    const void* extra;  // or null: forward the residual that x is added to, backward the gradient of that sum
     const float* w;
     float* rstd;
     void* out;          // y forward, dx backward; [n, d] contiguous
+    void* total;        // forward x + extra, where there is an extra
     float* dw_partial;  // [threads, d]
 };
 

@@ -1,5 +1,6 @@
 // y = x * rstd * (w + offset), rstd = 1 / sqrt(mean(x^2) + eps). Backward, with g = dy * (w + offset), xhat = x * rstd:
-// dx = rstd * (g - xhat * mean(g * xhat)), dw = sum over rows of dy * xhat.
+// dx = rstd * (g - xhat * mean(g * xhat)), dw = sum over rows of dy * xhat. With a residual x is first the rounded sum of
+// both, and dx has the sum's own gradient added.
 
 template <class T>
 void rms_norm_fwd_rows(const RmsNorm& a, int64_t begin, int64_t end) {
@@ -9,6 +10,13 @@ void rms_norm_fwd_rows(const RmsNorm& a, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
         const T* __restrict x = static_cast<const T*>(a.x) + i * a.x_stride;
         T* __restrict y = static_cast<T*>(a.out) + i * d;
+        if (a.extra) {
+            const T* __restrict residual = static_cast<const T*>(a.extra) + i * a.extra_stride;
+            T* __restrict total = static_cast<T*>(a.total) + i * d;
+            SIMD
+            for (int64_t j = 0; j < d; ++j) store(total + j, load(x + j) + load(residual + j));
+            x = total;
+        }
         float squares = 0;
         SIMD_SUM(squares)
         for (int64_t j = 0; j < d; ++j) {
@@ -31,6 +39,7 @@ void rms_norm_bwd_rows(const RmsNorm& a, int64_t begin, int64_t end, float* __re
     for (int64_t i = begin; i < end; ++i) {
         const T* __restrict x = static_cast<const T*>(a.x) + i * a.x_stride;
         const T* __restrict dy = static_cast<const T*>(a.dy) + i * a.dy_stride;
+        const T* __restrict dtotal = a.extra ? static_cast<const T*>(a.extra) + i * a.extra_stride : nullptr;
         T* __restrict dx = static_cast<T*>(a.out) + i * d;
         float dot = 0;
         SIMD_SUM(dot)
@@ -41,7 +50,7 @@ void rms_norm_bwd_rows(const RmsNorm& a, int64_t begin, int64_t end, float* __re
         for (int64_t j = 0; j < d; ++j) {
             float xhat = load(x + j) * rstd, g = load(dy + j);
             dw[j] += g * xhat;
-            store(dx + j, rstd * (g * (w[j] + offset) - xhat * c));
+            store(dx + j, rstd * (g * (w[j] + offset) - xhat * c) + (dtotal ? load(dtotal + j) : 0.0f));
         }
     }
 }

@@ -13,12 +13,12 @@ def attention_bwd(
     bytes_a_thread: int, sizes: list[int], strides: list[int], scale: float, threads: int, /,
 ) -> None: ...
 def rms_norm_fwd(
-    dtype: int, x: int, w: int, y: int, rstd: int,
-    n: int, d: int, x_stride: int, eps: float, offset: float, threads: int, /,
+    dtype: int, x: int, residual: int, w: int, y: int, total: int, rstd: int,
+    n: int, d: int, x_stride: int, residual_stride: int, eps: float, offset: float, threads: int, /,
 ) -> None: ...
 def rms_norm_bwd(
-    dtype: int, x: int, dy: int, w: int, rstd: int, dx: int, dw_partial: int,
-    n: int, d: int, x_stride: int, dy_stride: int, offset: float, threads: int, /,
+    dtype: int, x: int, dy: int, dtotal: int, w: int, rstd: int, dx: int, dw_partial: int,
+    n: int, d: int, x_stride: int, dy_stride: int, dtotal_stride: int, offset: float, threads: int, /,
 ) -> None: ...
 def split_rotary(
     forward: bool, dtype: int, mixed: int, q: int, k: int, v: int, cos: int, sin: int,

@@ -208,7 +208,8 @@ def causal_attention(
     if window is not None and t > s + window - 1:  # the others no query sees
         t = s + window - 1
         k_bgtd, v_bgtd = k_bgtd[:, :, -t:], v_bgtd[:, :, -t:]
-    if dropout > 0.0 or dispatch.choose(impl, "causal_attention", q_bhsd, k_bgtd, v_bgtd) == "torch":
+    if dropout > 0.0 or dispatch.choose(impl, "causal_attention", {"q": q_bhsd, "k": k_bgtd, "v": v_bgtd},
+                                           kernels=("cpu",)) == "torch":
         return _torch(q_bhsd, k_bgtd, v_bgtd, factor, window, sinks, dropout)
     return torch.ops.engine_kernels.causal_attention_fwd(
         q_bhsd, k_bgtd, v_bgtd, sinks, factor, t if window is None else window)[0]

@@ -116,7 +116,7 @@ def cross_entropy_stats(
     shard's columns that are not padding, default all. Raises ValueError for shapes that do not fit.
     """
     valid = _check(logits_nv, labels_n, vocab_valid)
-    if dispatch.choose(impl, "cross_entropy", logits_nv, others=(labels_n,)) == "torch":
+    if dispatch.choose(impl, "cross_entropy", {"logits": logits_nv}, {"labels": labels_n}, kernels=("cpu",)) == "torch":
         return cross_entropy_stats_reference(logits_nv.detach(), labels_n, vocab_start, valid)
     return torch.ops.engine_kernels.cross_entropy_stats(logits_nv.detach(), labels_n, vocab_start, valid)
 
@@ -133,8 +133,8 @@ def cross_entropy_grad_(
     """
     valid = _check(logits_nv, labels_n, vocab_valid)
     logits_nv = logits_nv.detach()
-    others = (labels_n, max_n, sum_exp_n, weight_n)
-    if dispatch.choose(impl, "cross_entropy", logits_nv, others=others) == "torch" or logits_nv.stride(1) != 1:
+    others = {"labels": labels_n, "max": max_n, "sum_exp": sum_exp_n, "weight": weight_n}
+    if dispatch.choose(impl, "cross_entropy", {"logits": logits_nv}, others, kernels=("cpu",)) == "torch" or logits_nv.stride(1) != 1:
         return logits_nv.copy_(cross_entropy_grad_reference(
             logits_nv, labels_n, vocab_start, valid, max_n, sum_exp_n, weight_n))
     torch.ops.engine_kernels.cross_entropy_grad_(

@@ -141,7 +141,7 @@ def split_qkv_rotary(
     if cos_sr.shape != sin_sr.shape or (rows != (s,) and rows != (s, b)) or 2 * cos_sr.shape[-1] > head_dim:
         raise ValueError(f"split_qkv_rotary: cos {tuple(cos_sr.shape)} and sin {tuple(sin_sr.shape)} must be [{s}, r] "
                          f"or [{s}, {b}, r] with 2 r <= {head_dim} (one column an angle, not a repeated half)")
-    if dispatch.choose(impl, "split_qkv_rotary", mixed_sbn, others=(cos_sr, sin_sr)) == "torch":
+    if dispatch.choose(impl, "split_qkv_rotary", {"mixed": mixed_sbn}, {"cos": cos_sr, "sin": sin_sr}, kernels=("cpu",)) == "torch":
         return split_qkv_rotary_reference(mixed_sbn, cos_sr, sin_sr, num_groups=num_groups,
                                           queries_per_group=queries_per_group, head_dim=head_dim)
     return torch.ops.engine_kernels.split_qkv_rotary_fwd(

@@ -93,6 +93,6 @@ def swiglu(x_n2f: Tensor, *, impl: str = "auto") -> Tensor:
     """
     if x_n2f.shape[-1] % 2:
         raise ValueError(f"swiglu: the last dimension must be even, got {x_n2f.shape[-1]}")
-    if dispatch.choose(impl, "swiglu", x_n2f) == "torch":
+    if dispatch.choose(impl, "swiglu", {"x": x_n2f}, kernels=("cpu",)) == "torch":
         return swiglu_reference(x_n2f)
     return torch.ops.engine_kernels.swiglu_fwd(x_n2f)

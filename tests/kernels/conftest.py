@@ -67,9 +67,15 @@ def _compare(function: Callable[..., object], reference: Callable[..., object], 
     for ours, exact in zip(outputs + grads, exact_outputs + exact_grads, strict=True):
         assert ours.shape == exact.shape
         if exact.numel():
-            relative = bf16 if ours.dtype == torch.bfloat16 else fp32
+            relative = {torch.bfloat16: bf16, torch.float16: bf16 / 4}.get(ours.dtype, fp32)
             atol = fp32 * max(summed, exact.abs().max().item()) + 1e-30
             torch.testing.assert_close(ours.double(), exact, rtol=relative, atol=atol)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where Triton kernels run: on the GPU, or in the interpreter (see tests/conftest.py)."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
