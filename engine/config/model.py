@@ -128,6 +128,10 @@ class ModelConfig(Section):
         "engine",
         "whose layers: the engine's kernels, plain PyTorch (the oracle), or Transformer Engine where installed",
     )
+    kernels: Literal["auto", "torch", "triton"] = option(
+        "auto",
+        "what backend engine computes with: auto is Triton on a GPU and C++ on a CPU; torch is plain PyTorch",
+    )
     moe: MoEConfig | None = option(None, "mixture of experts (null: a dense model)")
 
     @model_validator(mode="wrap")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from engine.config import Config, padded_vocab_size
+from engine.errors import UserError
 from engine.model import config as model_config
 from engine.parallel.topology import Groups
+from engine_kernels import jit
 
 
 def _stages(cfg: Config, groups: Groups) -> list[tuple[int | None, bool, bool]]:
@@ -26,6 +30,8 @@ def model(cfg: Config, groups: Groups, vocab_size: int) -> list[Any]:
     from engine.model.gpt import GPT
     from engine.model.init import initialise
 
+    if cfg.model.kernels == "triton" and (obstacle := jit.obstacle(torch.empty(0, device=groups.device))):
+        raise UserError(obstacle, where="model.kernels", fix="Use kernels auto")
     dtype = model_config.resolve_precision(cfg.train.precision, groups.device)
     settings = model_config.build(cfg, vocab_size, dtype)
     if groups.device.type != "cuda":

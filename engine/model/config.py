@@ -17,10 +17,10 @@ from engine.model.rotary import Rotary
 class ModelSettings(TransformerConfig):
     """``TransformerConfig`` plus what the engine's own modules read.
 
-    ``kernel_impl``: "auto" picks the fastest kernel, "torch" the plain reference. ``vocab_size``: real tokens, without
-    the padding rows. ``rotary``: how positions turn queries and keys. ``window_size`` is Megatron's (keys before the
-    query, 0), ``softmax_type`` "learnable" means attention sinks. ``activation``, ``router`` and ``expert_bias``: see
-    ``engine.config.model``. ``num_dense_layers``: first layers without experts.
+    ``kernel_impl``: "auto" picks the fastest kernel, "torch" the plain reference, "triton" insists. ``vocab_size``:
+    real tokens, without the padding rows. ``rotary``: how positions turn queries and keys. ``window_size`` is
+    Megatron's (keys before the query, 0), ``softmax_type`` "learnable" means attention sinks. ``activation``,
+    ``router`` and ``expert_bias``: see ``engine.config.model``. ``num_dense_layers``: first layers without experts.
     """
 
     kernel_impl: str = "auto"
@@ -156,7 +156,7 @@ def build(cfg: Config, vocab_size: int, dtype: torch.dtype) -> ModelSettings:
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        kernel_impl="torch" if m.backend == "reference" else "auto",
+        kernel_impl="torch" if m.backend == "reference" else m.kernels,
         vocab_size=vocab_size,
         rotary=Rotary.of(int(head_dim * m.rotary_percent) // 2 * 2, m.rotary_base, m.yarn),
         **_attention_settings(cfg),

@@ -28,6 +28,11 @@ class Layer(TransformerLayer):
         """[s, b, h] -> ([s, b, h], None). The signature is Megatron's."""
         attended = self.self_attention(self.input_layernorm(hidden_states), attention_mask,
                                        inference_context=inference_context, packed_seq_params=packed_seq_params)
-        hidden_sbh = self.self_attn_bda(self.training, False)(attended, hidden_states, self.hidden_dropout)
-        fed = self.mlp(self.pre_mlp_layernorm(hidden_sbh), padding_mask=padding_mask)
+        attended_sbh, bias_h = attended
+        if bias_h is None and not (self.training and self.hidden_dropout > 0.0):
+            normed_sbh, hidden_sbh = self.pre_mlp_layernorm(attended_sbh, hidden_states)  # sum and norm in one pass
+        else:
+            hidden_sbh = self.self_attn_bda(self.training, False)(attended, hidden_states, self.hidden_dropout)
+            normed_sbh = self.pre_mlp_layernorm(hidden_sbh)
+        fed = self.mlp(normed_sbh, padding_mask=padding_mask)
         return self.mlp_bda(self.training, False)(fed, hidden_sbh, self.hidden_dropout), None

@@ -17,7 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from engine.model.config import ModelSettings
 from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
-from engine_kernels.rms_norm import rms_norm
+from engine_kernels.rms_norm import add_rms_norm, rms_norm
 from engine_kernels.swiglu import clamped_swiglu, swiglu
 
 
@@ -33,8 +33,11 @@ class RMSNorm(torch.nn.Module):
         weight.sequence_parallel = config.sequence_parallel
         self.weight = weight
 
-    def forward(self, x_sbh: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x_sbh, self.weight, eps=self.eps, impl=self.impl)
+    def forward(self, x_sbh: torch.Tensor, residual_sbh: torch.Tensor | None = None) -> Any:
+        """-> the normalised x; with a residual the normalised sum of both, and the sum."""
+        if residual_sbh is None:
+            return rms_norm(x_sbh, self.weight, eps=self.eps, impl=self.impl)
+        return add_rms_norm(x_sbh, residual_sbh, self.weight, eps=self.eps, impl=self.impl)
 
 
 class SwiGLU(MegatronModule):

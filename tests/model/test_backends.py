@@ -7,8 +7,10 @@ import pytest
 import tiny
 import torch
 
+from engine.errors import UserError
 from engine.model import build, whole
 from engine.parallel import topology
+from engine_kernels import jit
 
 BATCH = 3
 ROWS = 384  # of the padded vocabulary
@@ -154,3 +156,9 @@ def _on_prefix(model, length: int) -> torch.Tensor:
     tokens_bs, positions_bs, _, _ = batch()
     with torch.no_grad():
         return model(tokens_bs[:, :length], positions_bs[:, :length], None)
+
+
+def test_triton_without_a_gpu_or_its_interpreter_is_refused_by_name(config, monkeypatch):
+    monkeypatch.setattr(jit, "interpreted", lambda: False)
+    with pytest.raises(UserError, match=r"^model\.kernels: on cpu; Triton .* a CUDA tensor .* Use kernels auto$"):
+        bare_model(config(model__kernels="triton"))
