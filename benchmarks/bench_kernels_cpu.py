@@ -26,8 +26,8 @@ from engine.runtime import keep_freed_memory
 from engine_kernels.attention import causal_attention
 from engine_kernels.cross_entropy import cross_entropy
 from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
+from engine_kernels.qkv_rotary import split_qkv_rotary
 from engine_kernels.rms_norm import rms_norm
-from engine_kernels.rotary import split_qkv_rotary
 from engine_kernels.swiglu import swiglu
 
 # The model of issue 2's profile: batch 8 x sequence 512, 4 query heads over 2 groups.

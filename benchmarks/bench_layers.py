@@ -49,7 +49,7 @@ def worker_config(options: argparse.Namespace) -> dict[str, Any]:
     """What a worker gets: bench_train's plan for this model, and the rounds."""
     plan = bench_train.worker_config(argparse.Namespace(
         model=options.layers_model, rounds=options.layers_rounds, steps_per_round=1, threads=options.threads,
-        device="cpu", seq_length=None, global_batch_size=None, micro_batch_size=None))
+        device="cpu", weights="shared", seq_length=None, global_batch_size=None, micro_batch_size=None))
     return plan | {"rounds": options.layers_rounds}
 
 

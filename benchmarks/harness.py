@@ -1,13 +1,15 @@
 """What every benchmark suite shares: rows, the machine and versions they were measured on, tables, comparison.
 
-A suite is a module ``benchmarks/bench_<name>.py`` with ``run(options) -> list[Row]`` and, if it has options of its own,
-``add_options(parser)``. ``benchmarks/run.py`` finds it by name; ``options.threads`` (None: all cores) is its own.
+A suite is a module ``benchmarks/bench_<name>.py`` with ``run(options)``, which returns or yields rows, and, if it has
+options of its own, ``add_options(parser)``. ``benchmarks/run.py`` finds it by name; ``options.threads`` (None: all
+cores) is its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -19,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "megatron-core", "triton", "numpy")
+PACKAGES = ("torch", "transformers", "megatron-core", "triton", "numpy", "liger-kernel", "quack-kernels",
+            "transformer-engine", "flash-attn")
 
 
 @dataclasses.dataclass
@@ -27,12 +30,14 @@ class Row:
     """One measurement. ``name`` identifies it between runs; ``values`` are the table's columns, in order.
 
     ``compare``: the column that is compared with an earlier result; None leaves the row out of the comparison.
+    ``failed``: what went wrong on our side; such a row makes the run's exit code 1.
     """
 
     name: str
     values: dict[str, float | int | str | None]
     compare: str | None = None
     higher_is_better: bool = True
+    failed: str = ""
 
 
 # --- where it was measured -------------------------------------------------------------------------------------------
@@ -55,6 +60,16 @@ def versions() -> dict[str, Any]:
     changes = _output("git", "--no-optional-locks", "-C", str(ROOT), "status", "--porcelain")
     found["dirty"] = None if changes is None else bool(changes)
     return found
+
+
+@functools.lru_cache
+def _machine_now() -> dict[str, Any]:
+    return machine()
+
+
+@functools.lru_cache
+def _versions_now() -> dict[str, Any]:
+    return versions()
 
 
 def _cpu_model() -> str:
@@ -88,7 +103,7 @@ def _output(*command: str) -> str | None:
 
 def result(rows_of: Mapping[str, Sequence[Row]], options: Mapping[str, Any]) -> dict[str, Any]:
     """Everything as plain JSON: {"machine", "versions", "time", "options", "suites": {suite: [row, ...]}}."""
-    return {"machine": machine(), "versions": versions(),
+    return {"machine": _machine_now(), "versions": _versions_now(),
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "options": {name: value if isinstance(value, (int, float, str, list, type(None))) else str(value)
                         for name, value in options.items()},
@@ -96,26 +111,32 @@ def result(rows_of: Mapping[str, Sequence[Row]], options: Mapping[str, Any]) -> 
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """In one piece: who stops a run finds the result before this one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    unfinished.replace(path)
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text: names to the left, numbers to the right, a dash where a row has no such column."""
     columns = list(dict.fromkeys(column for row in rows for column in row.values))
-    cells = [["", *columns], *([row.name, *(_cell(row.values.get(column)) for column in columns)] for row in rows)]
+    cells = [["", *columns], *([row.name, *(cell(row.values.get(column)) for column in columns)] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in cells]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _cell(value: float | int | str | None) -> str:
+def cell(value: float | int | str | None) -> str:
+    """A value as tables show it."""
     if value is None:
         return "-"
     if isinstance(value, str):
         return value
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.0e}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 

@@ -1,7 +1,8 @@
 """Runs benchmark suites by name: ``python benchmarks/run.py train --precision bf16 --json out.json``.
 
 Prints a table for each, writes JSON with the machine and the versions, and compares with an earlier result
-(``--compare earlier.json``: exit code 1 if a row got worse by more than ``--tolerance``).
+(``--compare earlier.json``: exit code 1 if a row got worse by more than ``--tolerance``). Exit code 1 also if a row
+says that something of ours failed.
 """
 
 from __future__ import annotations
@@ -63,15 +64,22 @@ def main(argv: list[str]) -> int:
 
     suites = {name: load_suite(name) for name in options.suites}
     earlier = load_earlier(options.compare) if options.compare else None  # before an hour of measuring, not after it
-    rows_of = {}
+    rows_of: dict[str, list[harness.Row]] = {}
     for name, suite in suites.items():
-        rows_of[name] = suite.run(options)
-        print(f"\n{name}\n{harness.table(rows_of[name])}", flush=True)
+        rows = rows_of[name] = []
+        for row in suite.run(options):
+            rows.append(row)
+            if options.json:  # after each: a run that is stopped keeps what it measured
+                harness.write_json(options.json, harness.result(rows_of, vars(options)))
+        print(f"\n{name}\n{harness.table(rows)}", flush=True)
     now = harness.result(rows_of, vars(options))
     if options.json:
         harness.write_json(options.json, now)
         print(f"\nwritten to {options.json}")
-    return _compare(now, earlier, options.tolerance) if earlier else 0
+    failures = [row for rows in rows_of.values() for row in rows if row.failed]
+    for row in failures:
+        print(f"FAILED {row.name}: {row.failed}", file=sys.stderr)
+    return max(_compare(now, earlier, options.tolerance) if earlier else 0, int(bool(failures)))
 
 
 def _compare(now: dict, earlier: dict, tolerance: float) -> int:

@@ -88,7 +88,26 @@ def ops() -> list[str]:
 def cases(scale: str, wanted: Sequence[str] = ()) -> list[Case]:
     """The cases of all ops, or of those whose names begin with one of ``wanted``."""
     found = [op for op in ops() if not wanted or op.startswith(tuple(wanted))]
-    return [case for op in found for case in importlib.import_module(f"benchmarks.cases.{op}").cases(scale)]
+    return [case for op in found for case in cases_of(op, scale)]
+
+
+def cases_of(op: str, scale: str) -> list[Case]:
+    """Those of benchmarks/cases/<op>.py."""
+    return importlib.import_module(f"benchmarks.cases.{op}").cases(scale)
+
+
+def cases_that_import(scale: str, wanted: Sequence[str] = ()) -> tuple[dict[str, list[Case]], dict[str, str]]:
+    """The same by file, and why the others could not be read: one broken file must not cost a GPU's time."""
+    found: dict[str, list[Case]] = {}
+    errors: dict[str, str] = {}
+    for op in ops():
+        if wanted and not op.startswith(tuple(wanted)):
+            continue
+        try:
+            found[op] = cases_of(op, scale)
+        except Exception as error:
+            errors[op] = f"{type(error).__name__}: {error}"
+    return found, errors
 
 
 def optional(module: str, attribute: str) -> Any:

@@ -16,8 +16,8 @@ from benchmarks.workers.engine_worker import ArrayLoader
 from engine.losses.next_token import next_token_loss
 from engine_kernels.attention import causal_attention
 from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
-from engine_kernels.rms_norm import rms_norm
-from engine_kernels.rotary import split_qkv_rotary
+from engine_kernels.qkv_rotary import split_qkv_rotary
+from engine_kernels.rms_norm import add_rms_norm, rms_norm
 from engine_kernels.swiglu import swiglu
 
 EPS, BETAS, ADAM_EPS = 1e-5, (0.9, 0.95), 1e-8  # the engine's defaults
@@ -52,8 +52,8 @@ def loss_sum(w: Weights, shape: dict, cos_sr: torch.Tensor, sin_sr: torch.Tensor
                                                   queries_per_group=heads // groups, head_dim=shape["head_dim"])
         out_bhsd = causal_attention(q_bhsd, k_bgsd, v_bgsd, scale=shape["head_dim"] ** -0.5)
         joined = out_bhsd.permute(2, 0, 1, 3).flatten(2)
-        x_sbh = x_sbh + _Linear.apply(joined, w[name + "self_attention.linear_proj.weight"])
-        normed = rms_norm(x_sbh, w[name + "pre_mlp_layernorm.weight"], eps=EPS)
+        attended = _Linear.apply(joined, w[name + "self_attention.linear_proj.weight"])
+        normed, x_sbh = add_rms_norm(attended, x_sbh, w[name + "pre_mlp_layernorm.weight"], eps=EPS)
         gated = swiglu(_Linear.apply(normed, w[name + "mlp.linear_fc1.weight"]))
         x_sbh = x_sbh + _Linear.apply(gated, w[name + "mlp.linear_fc2.weight"])
     x_nh = rms_norm(x_sbh, w["decoder.final_layernorm.weight"], eps=EPS).flatten(0, 1)

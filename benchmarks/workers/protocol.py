@@ -1,7 +1,8 @@
 """One side of a side-by-side measurement is a process that is driven over pipes, and idle unless it is told to run.
 
-The parent writes JSON lines to the worker's stdin: its configuration first, then {"run": n} for n steps,
-{"reset": true} to forget the memory peak so far, and an end of file to stop. The worker answers each with a JSON line.
+The parent writes JSON lines to the worker's stdin: its configuration first, then requests, and an end of file to stop.
+The worker answers each with a JSON line. A worker that trains knows {"run": n} for n steps and {"reset": true} to
+forget the memory peak so far.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import contextlib
 import json
 import os
 import resource
+import select
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # step(i) trains on global batch i and returns the batch's loss before the update, a float or a tensor.
 Step = Callable[[int], Any]
+Handle = Callable[[dict], dict]
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
@@ -28,30 +31,43 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 # --- in the worker ---------------------------------------------------------------------------------------------------
 
 def serve(build: Callable[[dict], tuple[Step, dict]]) -> None:
-    """The worker's main loop. ``build(config) -> (step, facts)``; the facts go to the parent as they are."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print to stdout must not end up among the answers
+    """The main loop of a worker that trains. ``build(config) -> (step, facts)``; the facts go to the parent."""
 
-    def answer(**content: Any) -> None:
-        answers.write(json.dumps(content) + "\n")
-        answers.flush()
+    def start(config: dict) -> tuple[Handle, dict]:
+        step, facts = build(config)
+        done = 0
 
-    config = json.loads(sys.stdin.readline())
-    step, facts = build(config)
-    answer(ready=True, **facts)
-    done = 0
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "run" in request:
+        def handle(request: dict) -> dict:
+            nonlocal done
+            if "run" not in request:
+                _reset_peak_memory()
+                return {"reset": True}
             started, cpu = time.perf_counter(), time.process_time()
             losses = [step(done + i) for i in range(request["run"])]
             losses = [float(loss) for loss in losses]  # waits for a GPU, within the time measured
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
             done += request["run"]
-            answer(seconds=seconds, cpu_seconds=cpu_seconds, losses=losses, memory_gb=_peak_memory() / 1e9)
-        else:
-            _reset_peak_memory()
-            answer(reset=True)
+            return {"seconds": seconds, "cpu_seconds": cpu_seconds, "losses": losses,
+                    "memory_gb": _peak_memory() / 1e9}
+
+        return handle, facts
+
+    serve_requests(start)
+
+
+def serve_requests(start: Callable[[dict], tuple[Handle, dict]]) -> None:
+    """A worker's main loop. ``start(config) -> (handle, facts)``; ``handle(request)`` is the answer."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print to stdout must not end up among the answers
+
+    def answer(content: dict) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    handle, facts = start(json.loads(sys.stdin.readline()))
+    answer({"ready": True} | facts)
+    for line in sys.stdin:
+        answer(handle(json.loads(line)))
 
 
 def _cuda():
@@ -81,35 +97,41 @@ def _reset_peak_memory() -> None:
 # --- in the parent ---------------------------------------------------------------------------------------------------
 
 class WorkerError(RuntimeError):
-    """A worker died; the message ends with what it last wrote to stderr."""
+    """A worker died, or was ended for it took too long; the message ends with what it last wrote to stderr."""
 
 
 class Worker:
     """A worker process as the parent sees it. Constructed when it is ready, which takes it ``startup_seconds``."""
 
-    def __init__(self, name: str, module: str, config: dict, *, threads: int):
+    def __init__(self, name: str, module: str, config: dict, *, threads: int, seconds: float | None = None,
+                 environment: Mapping[str, str] | None = None):
+        """``seconds``: how long it may take to be ready. ``environment``: beside this process's."""
         self.name = name
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - close() closes it
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
-                                    "TOKENIZERS_PARALLELISM": "false",
-                                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+        path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]  # wheels brought along
+        variables = os.environ | (environment or {}) | {
+            "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(path)}
         if config.get("device") == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # Megatron-core asks torch whether there is a GPU
+            # Megatron-core asks torch whether there is a GPU; Triton, when kernels are imported, whether to interpret
+            variables |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+        else:
+            variables.pop("TRITON_INTERPRET", None)
         started = time.perf_counter()
-        self._process = subprocess.Popen([sys.executable, "-m", module], cwd=ROOT, env=environment, text=True,
+        self._process = subprocess.Popen([sys.executable, "-m", module], cwd=ROOT, env=variables, text=True,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
-        self.facts = self._ask(config)
+        self.facts = self.ask(config, seconds)
         self.startup_seconds = time.perf_counter() - started
 
-    def run(self, steps: int) -> dict:
+    def run(self, steps: int, seconds: float | None = None) -> dict:
         """Trains ``steps`` more global batches. -> {"seconds", "cpu_seconds", "losses", "memory_gb"}."""
-        return self._ask({"run": steps})
+        return self.ask({"run": steps}, seconds)
 
     def reset_memory(self) -> None:
-        self._ask({"reset": True})
+        self.ask({"reset": True})
 
     def cpu_seconds(self) -> float:
         """Processor time used so far, all threads; 0 where there is no /proc."""
@@ -118,19 +140,25 @@ class Worker:
             return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
         return 0.0
 
-    def _ask(self, request: dict) -> dict:
+    def ask(self, request: dict, seconds: float | None = None) -> dict:
+        """The worker's answer. Raises WorkerError if it dies, or has not answered after ``seconds`` (None: waits)."""
         try:
             self._requests.write(json.dumps(request) + "\n")
             self._requests.flush()
-            line = self._answers.readline()
+            # At most one answer is under way, so none can lie in the buffer that select does not see.
+            ready = seconds is None or select.select([self._answers], [], [], max(seconds, 0.0))[0]
+            line = self._answers.readline() if ready else None
         except BrokenPipeError:
             line = ""
-        if not line:
-            code = self._process.wait()
-            self._stderr.seek(0)
-            tail = self._stderr.read()[-3000:].strip()
-            raise WorkerError(f"{self.name} ended with exit code {code}:\n{tail}")
-        return json.loads(line)
+        if line:
+            return json.loads(line)
+        if line is None:
+            self._process.kill()
+            what = f"was ended: no answer within {seconds:.0f} s"
+        else:
+            what = f"ended with exit code {self._process.wait(timeout=60)}"
+        self._stderr.seek(0)
+        raise WorkerError(f"{self.name} {what}:\n{self._stderr.read()[-3000:].strip()}")
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):

@@ -1,12 +1,13 @@
 """Hugging Face Transformers' side of bench_train: LlamaForCausalLM trained as its Trainer trains, less its overhead.
 
 SDPA attention, fused AdamW without decay on vectors, gradient clipping, the loss normalised over the global batch
-(num_items_in_batch), eager or under torch.compile's default mode. Precision: fp32; "autocast" (fp32 weights, bf16
-autocast: Trainer's bf16=True); "pure" (bf16 weights and optimizer state).
+(num_items_in_batch), eager or under torch.compile's default mode, with Liger's kernels or without. Precision: fp32;
+"autocast" (fp32 weights, bf16 autocast: Trainer's bf16=True); "pure" (bf16 weights and optimizer state).
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from benchmarks.workers.protocol import Step, serve
@@ -23,7 +24,13 @@ def build(config: dict) -> tuple[Step, dict]:
     torch.set_num_threads(config["threads"])
     torch.manual_seed(config["seed"])
     device = torch.device(config["device"])
-    model = _model(config["shape"], config["seq_length"])
+    if config["liger"]:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama  # pyright: ignore[reportMissingImports]
+
+        apply_liger_kernel_to_llama()  # its default: rope, norm, swiglu, and the loss fused with the head
+    # Weights of its own are made where they will be; those that others share come from the CPU's random numbers.
+    with device if config["weights"] == "own" else contextlib.nullcontext():
+        model = _model(config["shape"], config["seq_length"])
     if config["save_weights"]:
         from safetensors.torch import save_file
 

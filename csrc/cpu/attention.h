@@ -6,8 +6,8 @@
 // With X^T[d][s]:
 //   forward   S^T = K Q^T,  O^T += V^T P^T
 //   backward  S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dS^T = P^T (dP^T - delta),  dK += dS^T Q,  dQ^T += K^T dS^T
-// A task is one (batch, key group): its query heads share the packed keys and values, nothing is repeated, and dK, dV
-// need no reduction over threads. Rows and head dimension are zero-padded to the tile in the packed copies.
+// A task is one (segment, key group): its query heads share the packed keys and values, nothing is repeated, and dK, dV
+// need no reduction over threads. A segment is a whole row, or those queries of a document in a row that stand together. Rows and head dimension are zero-padded to the tile in the packed copies.
 // C, the type products are computed in, is float, or bf16 (fp32 sums) where the processor has AVX512_BF16.
 
 constexpr int64_t kTile = 64;
@@ -69,6 +69,28 @@ struct Keys {  // where keys stand among the tiles; query tile i (of padded s) s
         count = offset + padded(a.s, kTile);
     }
 };
+
+// The task's segment and key group: as many queries and keys, and the addresses of their first rows.
+template <class T>
+INLINE Attention part(const Attention& whole, int64_t task) {
+    Attention a = whole;
+    const int64_t* segment = whole.segments + task / whole.groups * 6;
+    const int64_t g = task % whole.groups, h = g * whole.queries, row = segment[0], query = segment[1], key = segment[3];
+    const int64_t head = (row * whole.groups * whole.queries + h) * whole.rows_s + query;
+    const int64_t group = ((segment[5] * whole.groups + g) * whole.rows_t + key) * whole.d;
+    a.s = segment[2], a.t = segment[4];
+    a.q = static_cast<const T*>(whole.q) + row * whole.q_b + h * whole.q_h + query * whole.q_s;
+    a.k = static_cast<const T*>(whole.k) + row * whole.k_b + g * whole.k_h + key * whole.k_s;
+    a.v = static_cast<const T*>(whole.v) + row * whole.v_b + g * whole.v_h + key * whole.v_s;
+    a.dout = static_cast<const T*>(whole.dout) + row * whole.dout_b + h * whole.dout_h + query * whole.dout_s;
+    a.out = static_cast<T*>(whole.out) + row * whole.out_b + h * whole.out_h + query * whole.out_s;
+    a.lse = whole.lse + head, a.sinks = whole.sinks ? whole.sinks + h : nullptr;
+    if (whole.dq) {
+        a.dq = static_cast<T*>(whole.dq) + head * whole.d;
+        a.dk = static_cast<T*>(whole.dk) + group, a.dv = static_cast<T*>(whole.dv) + group;
+    }
+    return a;
+}
 
 struct Arena {  // carves a thread's workspace; with a null base it only counts
     char* base;
@@ -135,22 +157,22 @@ INLINE void online_softmax(float* __restrict tile, float scale, float* __restric
 }
 
 template <class T, class C>
-void attention_fwd_task(const Attention& a, int64_t task, char* workspace) {
-    const int64_t ib = task / a.groups, ig = task % a.groups, s = padded(a.s, kTile), d = padded(a.d, kColumns);
+void attention_fwd_task(const Attention& whole, int64_t task, char* workspace) {
+    const Attention a = part<T>(whole, task);
+    const int64_t s = padded(a.s, kTile), d = padded(a.d, kColumns);
     const Keys keys(a);
     Arena arena{workspace, 0};
     ForwardSpace<C> w(arena, keys.count, d);
-    const T* k = static_cast<const T*>(a.k) + ib * a.k_b + ig * a.k_h;
-    const T* v = static_cast<const T*>(a.v) + ib * a.v_b + ig * a.v_h;
+    const T *k = static_cast<const T*>(a.k), *v = static_cast<const T*>(a.v);
     pack_rows(k, a.k_s, -keys.front, a.t, a.d, keys.count, d, w.k_rows);
     for (int64_t j = 0; j < keys.count; j += kTile) {
         pack_rows(v, a.v_s, j - keys.front, a.t, a.d, kTile, d, w.rows);
         transpose(w.rows, d, w.v_columns + j * d);
     }
-    for (int64_t h = ig * a.queries; h < (ig + 1) * a.queries; ++h)
+    for (int64_t h = 0; h < a.queries; ++h)
         for (int64_t i = 0; i < s; i += kTile) {
             const int64_t rows = a.s - i < kTile ? a.s - i : kTile, at = i + keys.offset;
-            pack_rows(static_cast<const T*>(a.q) + ib * a.q_b + h * a.q_h, a.q_s, i, a.s, a.d, kTile, d, w.rows);
+            pack_rows(static_cast<const T*>(a.q) + h * a.q_h, a.q_s, i, a.s, a.d, kTile, d, w.rows);
             right_over_columns(w.rows, d, w.q_right);
             for (int64_t q = 0; q < kTile; ++q) {
                 w.top[q] = a.sinks ? a.sinks[h] : kLowest;
@@ -168,8 +190,8 @@ void attention_fwd_task(const Attention& a, int64_t task, char* workspace) {
                 product<true>(w.v_columns + j * d, kTile, weights, kTile, w.out, kTile, d, kTile, kTile,
                               diagonal ? kDepthToColumn : kAll);
             }
-            T* out = static_cast<T*>(a.out) + ib * a.out_b + h * a.out_h + i * a.out_s;
-            float* lse = a.lse + (ib * a.groups * a.queries + h) * a.s + i;
+            T* out = static_cast<T*>(a.out) + h * a.out_h + i * a.out_s;
+            float* lse = a.lse + h * a.rows_s + i;
             for (int64_t q = 0; q < rows; ++q) {
                 lse[q] = w.top[q] + __builtin_logf(w.sum[q]);
                 const float inverse = 1.0f / w.sum[q];
@@ -226,25 +248,25 @@ INLINE void write_rows(const float* __restrict from, int64_t from_stride, float 
 }
 
 template <class T, class C>
-void attention_bwd_task(const Attention& a, int64_t task, char* workspace) {
-    const int64_t ib = task / a.groups, ig = task % a.groups, s = padded(a.s, kTile), d = padded(a.d, kColumns);
+void attention_bwd_task(const Attention& whole, int64_t task, char* workspace) {
+    const Attention a = part<T>(whole, task);
+    const int64_t s = padded(a.s, kTile), d = padded(a.d, kColumns);
     const Keys keys(a);
     Arena arena{workspace, 0};
     BackwardSpace<C> w(arena, s, keys.count, d);
     using R = typename Right<C>::type;
     constexpr int64_t pair = Right<C>::k;
-    const T* k = static_cast<const T*>(a.k) + ib * a.k_b + ig * a.k_h;
-    const T* v = static_cast<const T*>(a.v) + ib * a.v_b + ig * a.v_h;
+    const T *k = static_cast<const T*>(a.k), *v = static_cast<const T*>(a.v);
     pack_rows(k, a.k_s, -keys.front, a.t, a.d, keys.count, d, w.k_rows);
     pack_rows(v, a.v_s, -keys.front, a.t, a.d, keys.count, d, w.v_rows);
     for (int64_t j = 0; j < keys.count; j += kTile) transpose(w.k_rows + j * d, d, w.k_columns + j * d);
     __builtin_memset(w.dk, 0, keys.count * d * sizeof(float));
     __builtin_memset(w.dv, 0, keys.count * d * sizeof(float));
-    for (int64_t h = ig * a.queries; h < (ig + 1) * a.queries; ++h) {
-        const int64_t head = (ib * a.groups * a.queries + h) * a.s;
-        const T* dout = static_cast<const T*>(a.dout) + ib * a.dout_b + h * a.dout_h;
-        const T* q_rows = static_cast<const T*>(a.q) + ib * a.q_b + h * a.q_h;
-        const T* out = static_cast<const T*>(a.out) + ib * a.out_b + h * a.out_h;
+    for (int64_t h = 0; h < a.queries; ++h) {
+        const T* dout = static_cast<const T*>(a.dout) + h * a.dout_h;
+        const T* q_rows = static_cast<const T*>(a.q) + h * a.q_h;
+        const T* out = static_cast<const T*>(a.out) + h * a.out_h;
+        const float* lse = a.lse + h * a.rows_s;
         C* rows_do = w.rows + s * d;
         pack_queries(q_rows, a.q_s, a, s, d, w.rows, w.q_over_d, w.q_over_s);
         pack_queries(dout, a.dout_s, a, s, d, rows_do, w.do_over_d, w.do_over_s);
@@ -254,7 +276,7 @@ void attention_bwd_task(const Attention& a, int64_t task, char* workspace) {
                 SIMD_SUM(dot)
                 for (int64_t c = 0; c < a.d; ++c) dot += load(dout + q * a.dout_s + c) * load(out + q * a.out_s + c);
             }
-            w.delta[q] = dot, w.lse[q] = q < a.s ? a.lse[head + q] : __builtin_inff();  // padding: P = exp(-inf)
+            w.delta[q] = dot, w.lse[q] = q < a.s ? lse[q] : __builtin_inff();  // padding: P = exp(-inf)
         }
         __builtin_memset(w.dq, 0, s * d * sizeof(float));
         for (int64_t j = 0; j < keys.count; j += kTile)
@@ -277,15 +299,14 @@ void attention_bwd_task(const Attention& a, int64_t task, char* workspace) {
                 product<true>(w.k_columns + j * d, kTile, right_over_rows(ds, kTile, w.scores_right), kTile,
                               w.dq + i * d, kTile, d, kTile, kTile, diagonal ? kDepthToColumn : kAll);
             }
-        T* dq = static_cast<T*>(a.dq) + head * a.d;
+        T* dq = static_cast<T*>(a.dq) + h * a.rows_s * a.d;
         for (int64_t q = 0; q < a.s; ++q) {
             const float* tile = w.dq + q / kTile * kTile * d + q % kTile;
             for (int64_t c = 0; c < a.d; ++c) store(dq + q * a.d + c, tile[c * kTile] * a.scale);
         }
     }
-    const int64_t group = (ib * a.groups + ig) * a.t * a.d;
-    write_rows(w.dk + keys.front * d, d, a.scale, static_cast<T*>(a.dk) + group, a.t, a.d);
-    write_rows(w.dv + keys.front * d, d, 1.0f, static_cast<T*>(a.dv) + group, a.t, a.d);
+    write_rows(w.dk + keys.front * d, d, a.scale, static_cast<T*>(a.dk), a.t, a.d);
+    write_rows(w.dv + keys.front * d, d, 1.0f, static_cast<T*>(a.dv), a.t, a.d);
 }
 
 #if defined(BF16_PRODUCTS)
@@ -294,8 +315,9 @@ using Bf16Product = bf16;
 using Bf16Product = float;
 #endif
 
+// Enough for any segment of at most as many queries and keys: Keys::count is a tile above the padded t at most.
 int64_t attention_workspace(const Attention& a, bool backward) {
-    const int64_t s = padded(a.s, kTile), t = Keys(a).count, d = padded(a.d, kColumns);
+    const int64_t s = padded(a.s, kTile), t = padded(a.t, kTile) + kTile, d = padded(a.d, kColumns);
     const bool fp32 = a.dtype == kFloat32;
     Arena m{nullptr, 0};
     if (!backward) fp32 ? (void)ForwardSpace<float>(m, t, d) : (void)ForwardSpace<Bf16Product>(m, t, d);

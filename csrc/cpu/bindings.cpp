@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 
 #include "launch.h"
@@ -56,53 +57,63 @@ static void split_rotary(bool forward, int dtype, Address mixed, Address q, Addr
     split_rows(a.s * a.b, threads, [&](int64_t begin, int64_t end, int) { kernel(a, begin, end); });
 }
 
-static void swiglu_fwd(int dtype, Address x, Address y, int64_t n, int64_t f, int64_t x_stride, int threads) {
+static SwiGlu swiglu(int dtype, Address x, Address weights, Address out, int64_t f, int64_t x_stride, bool clamped,
+                     float alpha, float limit) {
     SwiGlu a{};
-    a.dtype = dtype, a.f = f, a.x_stride = x_stride, a.x = at<void>(x), a.out = at<void>(y);
+    a.dtype = dtype, a.clamped = clamped, a.alpha = alpha, a.limit = limit, a.f = f, a.x_stride = x_stride;
+    a.x = at<void>(x), a.weights = at<float>(weights), a.out = at<void>(out);
+    return a;
+}
+
+static void swiglu_fwd(int dtype, Address x, Address weights, Address y, int64_t n, int64_t f, int64_t x_stride,
+                       bool clamped, float alpha, float limit, int threads) {
+    const SwiGlu a = swiglu(dtype, x, weights, y, f, x_stride, clamped, alpha, limit);
     split_rows(n, threads, [&](int64_t begin, int64_t end, int) { kernels().swiglu_fwd(a, begin, end); });
 }
 
-static void swiglu_bwd(int dtype, Address x, Address dy, Address dx, int64_t n, int64_t f, int64_t x_stride,
-                       int64_t dy_stride, int threads) {
-    SwiGlu a{};
-    a.dtype = dtype, a.f = f, a.x_stride = x_stride, a.dy_stride = dy_stride;
-    a.x = at<void>(x), a.dy = at<void>(dy), a.out = at<void>(dx);
+static void swiglu_bwd(int dtype, Address x, Address dy, Address weights, Address dx, Address dweights, int64_t n,
+                       int64_t f, int64_t x_stride, int64_t dy_stride, bool clamped, float alpha, float limit,
+                       int threads) {
+    SwiGlu a = swiglu(dtype, x, weights, dx, f, x_stride, clamped, alpha, limit);
+    a.dy_stride = dy_stride, a.dy = at<void>(dy), a.dweights = at<float>(dweights);
     split_rows(n, threads, [&](int64_t begin, int64_t end, int) { kernels().swiglu_bwd(a, begin, end); });
 }
 
-static void cross_entropy_stats(int dtype, Address logits, Address labels, Address max, Address sum_exp, Address target,
-                                Address hit, int64_t n, int64_t v, int64_t valid, int64_t stride, int64_t vocab_start,
+static void cross_entropy_stats(int dtype, Address logits, Address labels, Address stats, int64_t n, int64_t v,
+                                int64_t valid, int64_t stride, int64_t vocab_start, bool logit_sum, bool entropy,
                                 int threads) {
     CrossEntropy a{};
-    a.dtype = dtype, a.v = v, a.valid = valid, a.stride = stride, a.vocab_start = vocab_start;
-    a.logits = at<void>(logits), a.labels = at<int64_t>(labels), a.max = at<float>(max);
-    a.sum_exp = at<float>(sum_exp), a.target = at<float>(target), a.hit = at<uint8_t>(hit);
+    a.dtype = dtype, a.n = n, a.v = v, a.valid = valid, a.stride = stride, a.vocab_start = vocab_start;
+    a.logits = at<void>(logits), a.labels = at<int64_t>(labels), a.stats = at<float>(stats);
+    a.logit_sum = logit_sum, a.entropy = entropy;
     split_rows(n, threads, [&](int64_t begin, int64_t end, int) { kernels().cross_entropy_stats(a, begin, end); });
 }
 
 static void cross_entropy_grad(int dtype, Address logits, Address labels, Address max, Address sum_exp, Address weight,
-                               int64_t n, int64_t v, int64_t valid, int64_t stride, int64_t vocab_start, int threads) {
+                               int64_t n, int64_t v, int64_t valid, int64_t stride, int64_t vocab_start, float on_label,
+                               float elsewhere, float z_loss, int threads) {
     CrossEntropy a{};
-    a.dtype = dtype, a.v = v, a.valid = valid, a.stride = stride, a.vocab_start = vocab_start;
+    a.dtype = dtype, a.n = n, a.v = v, a.valid = valid, a.stride = stride, a.vocab_start = vocab_start;
     a.logits = at<void>(logits), a.labels = at<int64_t>(labels), a.max = at<float>(max);
     a.sum_exp = at<float>(sum_exp), a.weight = at<float>(weight);
+    a.on_label = on_label, a.elsewhere = elsewhere, a.z_loss = z_loss;
     split_rows(n, threads, [&](int64_t begin, int64_t end, int) { kernels().cross_entropy_grad(a, begin, end); });
 }
 
-// strides: b, h, s of q, k, v, dout, out.  sizes: b, s, t, window, groups, queries, d.
+// strides: b, h, s of q, k, v, dout, out.  sizes: segments, s, t, window, groups, queries, d.
 using AttentionSizes = std::array<int64_t, 7>;
 
-static Attention attention(int dtype, const std::array<Address, 5>& in, Address out, Address lse,
+static Attention attention(int dtype, const std::array<Address, 6>& in, Address out, Address lse,
                            const AttentionSizes& sizes, const std::array<int64_t, 15>& strides, float scale) {
     Attention a{};
     a.dtype = dtype, a.scale = scale;
-    a.s = sizes[1], a.t = sizes[2], a.window = sizes[3], a.groups = sizes[4], a.queries = sizes[5], a.d = sizes[6];
+    a.rows_s = sizes[1], a.rows_t = sizes[2], a.window = sizes[3], a.groups = sizes[4], a.queries = sizes[5], a.d = sizes[6];
     a.q_b = strides[0], a.q_h = strides[1], a.q_s = strides[2], a.k_b = strides[3], a.k_h = strides[4];
     a.k_s = strides[5], a.v_b = strides[6], a.v_h = strides[7], a.v_s = strides[8];
     a.dout_b = strides[9], a.dout_h = strides[10], a.dout_s = strides[11];
     a.out_b = strides[12], a.out_h = strides[13], a.out_s = strides[14];
     a.q = at<void>(in[0]), a.k = at<void>(in[1]), a.v = at<void>(in[2]), a.dout = at<void>(in[3]);
-    a.sinks = at<float>(in[4]);
+    a.sinks = at<float>(in[4]), a.segments = at<int64_t>(in[5]);
     a.out = at<void>(out), a.lse = at<float>(lse);
     return a;
 }
@@ -113,24 +124,32 @@ static int64_t attention_workspace(int dtype, int64_t s, int64_t t, int64_t d, b
     return kernels().attention_workspace(a, backward);
 }
 
-static void attention_fwd(int dtype, const std::array<Address, 5>& in, Address out, Address lse, Address workspace,
-                          int64_t bytes, const AttentionSizes& sizes, const std::array<int64_t, 15>& strides,
-                          float scale, int threads) {
-    const Attention a = attention(dtype, in, out, lse, sizes, strides, scale);
-    split_rows(sizes[0] * a.groups, threads, [&](int64_t begin, int64_t end, int thread) {
-        kernels().attention_fwd(a, begin, end, at<char>(workspace) + thread * bytes);
+// Segments cost what their documents' lengths make them: a thread that is done takes the next.
+template <class Kernel>
+static void attention_tasks(const Attention& a, int64_t segments, Address workspace, int64_t bytes, int threads,
+                            Kernel kernel) {
+    std::atomic<int64_t> next{0};
+    const int64_t tasks = segments * a.groups;
+    split_rows(threads, threads, [&](int64_t, int64_t, int thread) {
+        for (int64_t task = next++; task < tasks; task = next++)
+            kernel(a, task, task + 1, at<char>(workspace) + thread * bytes);
     });
 }
 
-static void attention_bwd(int dtype, const std::array<Address, 5>& in, Address out, Address lse,
+static void attention_fwd(int dtype, const std::array<Address, 6>& in, Address out, Address lse, Address workspace,
+                          int64_t bytes, const AttentionSizes& sizes, const std::array<int64_t, 15>& strides,
+                          float scale, int threads) {
+    const Attention a = attention(dtype, in, out, lse, sizes, strides, scale);
+    attention_tasks(a, sizes[0], workspace, bytes, threads, kernels().attention_fwd);
+}
+
+static void attention_bwd(int dtype, const std::array<Address, 6>& in, Address out, Address lse,
                           const std::array<Address, 3>& grads, Address workspace, int64_t bytes,
                           const AttentionSizes& sizes, const std::array<int64_t, 15>& strides, float scale,
                           int threads) {
     Attention a = attention(dtype, in, out, lse, sizes, strides, scale);
     a.dq = at<void>(grads[0]), a.dk = at<void>(grads[1]), a.dv = at<void>(grads[2]);
-    split_rows(sizes[0] * a.groups, threads, [&](int64_t begin, int64_t end, int thread) {
-        kernels().attention_bwd(a, begin, end, at<char>(workspace) + thread * bytes);
-    });
+    attention_tasks(a, sizes[0], workspace, bytes, threads, kernels().attention_bwd);
 }
 
 PYBIND11_MODULE(_cpu, m) {

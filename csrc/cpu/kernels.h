@@ -33,32 +33,39 @@ struct SplitRotary {  // mixed [s, b, groups * (queries + 2) * d], q [b, groups 
     const float *cos, *sin;   // [s, (b,) half]
 };
 
-struct SwiGlu {  // y = silu(x[:, :f]) * x[:, f:]
+struct SwiGlu {  // gate = x[:, :f], up = x[:, f:]; the formula: swiglu.h
     int dtype;
+    bool clamped;
+    float alpha, limit;
     int64_t f, x_stride, dy_stride;
     const void *x, *dy;
-    void* out;  // y [n, f] forward, dx [n, 2 f] backward; contiguous
+    const float* weights;  // [n], or null
+    float* dweights;       // [n], where there are weights
+    void* out;             // y [n, f] forward, dx [n, 2 f] backward; contiguous
 };
 
 struct CrossEntropy {  // logits [n, v]; columns from `valid` on are padding
     int dtype;
-    int64_t v, valid, stride, vocab_start;
+    int64_t n, v, valid, stride, vocab_start;
     void* logits;           // overwritten with the gradient by cross_entropy_grad
     const int64_t* labels;  // [n], in the whole vocabulary
-    float *max, *sum_exp, *target;
-    uint8_t* hit;
-    const float* weight;
+    float* stats;           // [s, n]: max, sum of exp, target, hit, and by the flags sum of logits, sum of exp times logit
+    bool logit_sum, entropy;
+    const float *max, *sum_exp, *weight;  // [n] each, of the whole vocabulary
+    float on_label, elsewhere, z_loss;    // 1 - smoothing, smoothing / classes, coefficient of logsumexp^2
 };
 
-struct Attention {  // causal; q [b, groups * queries, s, d], the last s of t positions; k, v [b, groups, t, d]
+struct Attention {  // causal; q [b, groups * queries, rows_s, d], k, v [b, groups, rows_t, d], in segments
     int dtype;
-    int64_t s, t, window, groups, queries, d;
+    int64_t s, t, window, groups, queries, d;  // of a segment: s queries, the last of its t keys' positions
+    int64_t rows_s, rows_t;
+    const int64_t* segments;  // [n, 6]: row of q, first query, s, first key, t, row of dk and dv
     float scale;
     int64_t q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, dout_b, dout_h, dout_s, out_b, out_h, out_s;
     const void *q, *k, *v, *dout;
     void* out;
     const float* sinks;   // [h], or null
-    float* lse;           // [b, h, s], log of the sum of exp(score)
+    float* lse;           // [b, h, rows_s], log of the sum of exp(score)
     void *dq, *dk, *dv;   // contiguous
 };
 

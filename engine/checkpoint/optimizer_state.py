@@ -1,7 +1,8 @@
 """The optimizer's state by model parameter: one form in checkpoints, whatever layout and optimizer class hold it.
 
     optimizer.state.<kind>.<model key>     sharded as the parameter itself is. Kinds: AdamW's exp_avg and exp_avg_sq,
-                                           Muon's momentum, and param, the fp32 weights behind 16-bit ones
+                                           Muon's momentum, and param, the fp32 weights behind 16-bit ones (also
+                                           where the optimizer keeps only the bits that those lack)
     common.pt "optimizer_common"           what all parameters share: AdamW's step, the loss scale
 
 Megatron's own forms differ with the distributed optimizer, and count parameter groups and chained optimizers. Here a
@@ -12,9 +13,10 @@ says which elements a rank has, and the rest is the same for all.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from engine.parallel.topology import Groups
 
+_log = logging.getLogger(__name__)
 COMMON = "optimizer_common"
 PREFIX = "optimizer.state."
 MASTER = "param"
@@ -37,9 +40,25 @@ def key_of(kind: str, model_key: str) -> str:
     return f"{PREFIX}{kind}.{model_key}"
 
 
-def has_masters(stored: set[str]) -> bool:
-    """Whether a checkpoint with these keys holds fp32 weights behind 16-bit ones."""
-    return any(key.startswith(f"{PREFIX}{MASTER}.") for key in stored)
+def is_master(key: str) -> bool:
+    """Whether a checkpoint's key is that of fp32 weights behind 16-bit ones."""
+    return key.startswith(f"{PREFIX}{MASTER}.")
+
+
+def lacks_masters(stored: set[str]) -> bool:
+    """Whether of some parameter a checkpoint with these keys holds no fp32 weights but the model's own."""
+    with_state = {key.removeprefix(PREFIX).split(".", 1)[1] for key in stored if key.startswith(PREFIX)}
+    return any(key_of(MASTER, name) not in stored for name in with_state)
+
+
+class Master(Protocol):
+    """fp32 weights that an optimizer keeps in pieces (``engine.train.adamw.Master``)."""
+
+    def numel(self) -> int: ...
+
+    def read(self) -> torch.Tensor: ...
+
+    def write(self, values: torch.Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,7 @@ class Held:
     """
 
     param: Any
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor | Master]
     ranges: list[Range]
     group: Any
 
@@ -72,7 +91,11 @@ class Held:
             return []
         return [(r, part) for r, part in enumerate(self.ranges) if r != self.saver and part[0] < part[1]]
 
-    def span(self, tensor: torch.Tensor) -> Range:
+    def values(self, kind: str) -> torch.Tensor:
+        found = self.tensors[kind]
+        return found.detach() if isinstance(found, torch.Tensor) else found.read()
+
+    def span(self, tensor: torch.Tensor | Master) -> Range:
         """The elements of the parameter that this rank's ``tensor`` is."""
         n = self.param.numel()
         return (0, n) if tensor.numel() == n else self.ranges[self.group.rank()]
@@ -81,10 +104,11 @@ class Held:
 def _mains(inner: Any) -> Iterator[tuple[Any, torch.Tensor]]:
     """(model parameter, what the inner optimizer updates for it): itself, its fp32 copy, or this rank's slice."""
     if isinstance(inner, DistributedOptimizer):
-        pairs = ((inner.model_float16_groups, inner.shard_fp32_from_float16_groups),
-                 (inner.model_fp32_groups, inner.shard_fp32_groups))
+        halves = inner.shard_float16_groups if in_place(inner) else inner.shard_fp32_from_float16_groups
+        pairs = ((inner.model_float16_groups, halves), (inner.model_fp32_groups, inner.shard_fp32_groups))
     elif isinstance(inner, Float16OptimizerWithFloat16Params):
-        pairs = ((inner.float16_groups, inner.fp32_from_float16_groups),
+        kept = [getattr(inner, "kept", [])]  # engine.train.kept_weights
+        pairs = ((inner.float16_groups, inner.fp32_from_float16_groups), (kept, kept),
                  (inner.fp32_from_fp32_groups, inner.fp32_from_fp32_groups))
     else:
         own = [group["params"] for group in inner.optimizer.param_groups]
@@ -94,9 +118,18 @@ def _mains(inner: Any) -> Iterator[tuple[Any, torch.Tensor]]:
             yield from zip(model_group, main_group, strict=True)
 
 
-def _tensors(inner: Any, param: Any, main: torch.Tensor) -> dict[str, torch.Tensor]:
-    state = {kind: value for kind, value in inner.optimizer.state_of(main).items() if torch.is_tensor(value)}
-    return state if param.dtype == torch.float32 else state | {MASTER: main}
+def in_place(inner: Any) -> bool:
+    """Whether the distributed optimizer updates 16-bit weights where they are, instead of fp32 copies."""
+    return isinstance(inner, DistributedOptimizer) and inner.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+
+
+def _tensors(inner: Any, param: Any, main: torch.Tensor) -> dict[str, torch.Tensor | Master]:
+    found = inner.optimizer.state_of(main).items()
+    state: dict[str, torch.Tensor | Master] = {kind: value for kind, value in found if torch.is_tensor(value)}
+    if param.dtype == torch.float32:
+        return state
+    master = main if main.dtype == torch.float32 else inner.optimizer.master_of(main)
+    return state if master is None else state | {MASTER: master}
 
 
 def _slices(inner: DistributedOptimizer) -> Iterator[Held]:
@@ -156,12 +189,12 @@ def _complete(item: Held, kind: str) -> torch.Tensor | None:
     parts = item.missing()
     if me != item.saver:
         if any(rank == me for rank, _ in parts):
-            values = item.tensors[kind].detach().contiguous()
+            values = item.values(kind).contiguous()
             _exchange([dist.P2POp(dist.isend, values, ranks[item.saver], item.group)])
         return None
-    own = item.tensors[kind].detach()
-    if not parts:
-        return own.reshape(item.param.shape)
+    own = item.values(kind)
+    if not parts:  # what was put together for the checkpoint waits in host memory
+        return (own if isinstance(item.tensors[kind], torch.Tensor) else own.cpu()).reshape(item.param.shape)
     received = [torch.empty(end - start, dtype=own.dtype, device=own.device) for _, (start, end) in parts]
     _exchange([dist.P2POp(dist.irecv, values, ranks[rank], item.group)
                for values, (rank, _) in zip(received, parts, strict=True)])
@@ -206,23 +239,34 @@ def _common(optimizer: Any) -> dict:
 class Restoring:
     """A load under way: what to ask the checkpoint for, and where it goes.
 
-    ``wanted`` is asked for first. ``masters``, fp32 weights of a checkpoint that was trained in fp32, has the model's
-    own keys and is asked for by itself.
+    ``wanted`` is asked for first. ``masters``, fp32 weights that the checkpoint has as the model's own only (trained in
+    fp32, or with nothing behind 16 bits), has the model's keys and is asked for by itself.
     """
 
     wanted: dict[str, Sharded] = field(default_factory=dict)
     masters: dict[str, Sharded] = field(default_factory=dict)
-    targets: dict[str, tuple[torch.Tensor, Range]] = field(default_factory=dict)
+    targets: dict[str, tuple[torch.Tensor | Master, Range]] = field(default_factory=dict)
 
     def keys(self) -> set[str]:
         return {value.key for value in self.wanted.values()}
+
+    def log_conversions(self, stored: dict[str, torch.dtype | None]) -> None:
+        """Says once of each kind of state that is kept in another type than it was saved in. ``stored``: by key."""
+        found = {(value.key.removeprefix(PREFIX).split(".")[0], stored.get(value.key), value.dtype)
+                 for value in self.wanted.values() if isinstance(value, ShardedTensor)}
+        for kind, saved, here in sorted(found, key=str):
+            if saved not in (None, here):
+                _log.warning("%s was saved in %s and goes on in %s", kind, *(str(t).removeprefix("torch.")
+                                                                              for t in (saved, here)))
 
     @torch.no_grad()
     def fill(self, loaded: dict[str, torch.Tensor]) -> None:
         """Puts what was loaded into the optimizer; names and shapes were checked before."""
         for name, whole in loaded.items():
             target, (start, end) = self.targets[name]
-            if whole.data_ptr() != target.data_ptr():  # not loaded in place
+            if not isinstance(target, torch.Tensor):
+                target.write(whole.flatten()[start:end])
+            elif whole.data_ptr() != target.data_ptr():  # not loaded in place
                 target.copy_(whole.flatten()[start:end].view(target.shape))
 
 
@@ -231,16 +275,20 @@ def to_load(optimizer: Any, sharding: dict[int, Sharded], stored: set[str], grou
 
     A rank that holds a slice asks for the parameters that it has a part of; nothing travels between ranks.
     """
-    restoring, from_weights = Restoring(), not has_masters(stored)
+    restoring = Restoring()
     for i, item in enumerate(held(optimizer, groups)):
         like = sharding[id(item.param)]
         for kind, target in item.tensors.items():
             name, key, request = f"{i}.{kind}", key_of(kind, like.key), restoring.wanted
-            if kind == MASTER and from_weights:
+            if kind == MASTER and key not in stored:
                 key, request = like.key, restoring.masters
-            span, target = item.span(target), target.detach()
-            in_place = span == (0, item.param.numel()) and target.is_contiguous()
-            data = target.view(item.param.shape) if in_place else torch.empty(item.param.shape, dtype=target.dtype)
+            span = item.span(target)
+            if isinstance(target, torch.Tensor):
+                target = target.detach()
+                direct = span == (0, item.param.numel()) and target.is_contiguous()
+                data = target.view(item.param.shape) if direct else torch.empty(item.param.shape, dtype=target.dtype)
+            else:
+                data = torch.empty(item.param.shape)
             request[name] = _sharded(like, key, data, saves=item.saves)
             restoring.targets[name] = target, span
     return restoring

@@ -64,6 +64,8 @@ def plan(path: Path | str, *, device: str = "auto", precision: str = "auto", seq
     cfg = load_config(checkpoint / "config.yaml")
     train = cfg.train.model_copy(update={"micro_batch_size": 1, "global_batch_size": launch.world_size(),
                                          "batch_size_schedule": None, "seq_length_schedule": [], "recompute": "none"})
+    if cfg.model.backend != "te":
+        train = train.model_copy(update={"fp8": False})  # weights are those of bf16
     if precision != "auto":
         train = train.model_copy(update={"precision": precision})
     elif cfg.train.precision == "fp16" and topology.resolve_device(device).type != "cuda":

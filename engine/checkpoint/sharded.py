@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from engine.checkpoint import optimizer_state
 from engine.errors import UserError
+from engine.model import fp8
 from engine.parallel import cpu
 from engine.parallel.topology import Groups
 from engine.parallel.wrap import gather_parameters, unwrap
@@ -121,6 +122,7 @@ def save(directory: Path, chunks, optimizer, groups: Groups) -> None:
     gather_parameters(chunks)
     state = _model_state(chunks, groups)
     state |= optimizer_state.to_save(optimizer, optimizer_state.by_parameter(state), groups)
+    state["fp8"] = fp8.to_checkpoint(chunks)
     with _guarded_rank_0(failures):
         dist_checkpointing.save(state, str(directory), sharded_strategy=InProcessSave(failures))
     failures.raise_first()
@@ -141,9 +143,11 @@ def _read(directory: Path, wanted: dict) -> Any:
         raise _explain(error, directory) from error
 
 
-def _stored_keys(directory: Path) -> set[str]:
+def _stored_types(directory: Path) -> dict[str, torch.dtype | None]:
+    """The keys of what a checkpoint holds, and of tensors the type."""
     try:
-        return {value.key for value in serialization.load_sharded_metadata(str(directory)).values()}
+        found = serialization.load_sharded_metadata(str(directory)).values()
+        return {value.key: getattr(value, "dtype", None) for value in found}
     except (CheckpointingException, CheckpointException, KeyError, ValueError, RuntimeError) as error:
         raise _explain(error, directory) from error
 
@@ -172,7 +176,8 @@ def load(directory: Path, chunks, optimizer, groups: Groups) -> None:
     Raises ``UserError`` when the checkpoint holds another model: a tensor that is missing, left over, or of another
     shape.
     """
-    state, stored = _model_state(chunks, groups), _stored_keys(directory)
+    state, types = _model_state(chunks, groups), _stored_types(directory)
+    stored = set(types)
     sharding = optimizer_state.by_parameter(state)
     restoring = optimizer_state.Restoring()
     if optimizer is None:
@@ -180,14 +185,22 @@ def load(directory: Path, chunks, optimizer, groups: Groups) -> None:
     else:
         restoring = optimizer_state.to_load(optimizer, sharding, stored, groups)
         spare = optimizer_state.prefer_masters(sharding, stored)
+        spare |= set(filter(optimizer_state.is_master, stored))  # for bf16 weights with nothing behind them
+        if groups.is_main:
+            restoring.log_conversions(types)
+    state["fp8"] = fp8.to_checkpoint(chunks, stored)
+    spare |= {key for key in stored if key.startswith(fp8.CHECKPOINT_PREFIX)}
     model_keys = {value.key for value in nested_values(state) if isinstance(value, ShardedBase)}
     _check_keys(model_keys | restoring.keys(), stored, spare, directory, groups)
     loaded = _read(directory, state | {"optimizer": restoring.wanted})
     for i, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[f"model{i}"])
+    fp8.fill(chunks, loaded.get("fp8", {}))
     if optimizer is None:
         return
     restoring.fill(loaded.get("optimizer", {}))
-    if chunks[0].config.params_dtype != torch.float32 and not optimizer_state.has_masters(stored):
+    if chunks[0].config.params_dtype != torch.float32 and optimizer_state.lacks_masters(stored):
         restoring.fill(_read(directory, {"optimizer": restoring.masters}).get("optimizer", {}))
+    if any(optimizer_state.in_place(inner) for inner in optimizer.chained_optimizers):
+        gather_parameters(chunks, whole=True)  # each rank has set the weights of its own slices
     optimizer_state.fill_common(optimizer, loaded[optimizer_state.COMMON])

@@ -1,9 +1,10 @@
 """Configuration: models with types and units, YAML, overrides, one-line errors. Imports neither torch nor megatron."""
 
+from engine.config.adamw import AdamWConfig
 from engine.config.base import Problem, Section, build, option
 from engine.config.command_line import parse
 from engine.config.loading import load_config
-from engine.config.model import ModelConfig, MoEConfig, YarnConfig
+from engine.config.model import Llama3RopeConfig, ModelConfig, MoEConfig, YarnConfig
 from engine.config.parameters import count as parameter_count
 from engine.config.parameters import padded_vocab_size, vocabulary
 from engine.config.presets import PRESETS
@@ -24,12 +25,14 @@ from engine.config.yaml_io import dump_yaml, load_yaml
 
 __all__ = [
     "PRESETS",
+    "AdamWConfig",
     "BatchSizeSchedule",
     "BlendEntry",
     "CheckpointConfig",
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "Llama3RopeConfig",
     "LoggingConfig",
     "MoEConfig",
     "ModelConfig",

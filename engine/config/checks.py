@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from engine.config import layouts
+from engine.config import fp8, layouts
 from engine.config.base import Problem
 
 if TYPE_CHECKING:
@@ -17,6 +16,7 @@ def contradictions(cfg: Config) -> Iterator[Problem]:
     yield from layouts.problems(cfg)
     yield from _lengths(cfg)
     yield from _precision(cfg)
+    yield from fp8.problems(cfg)
     yield from _recovery(cfg)
 
 
@@ -42,30 +42,6 @@ def _precision(cfg: Config) -> Iterator[Problem]:
         # Megatron gives experts an optimizer with a loss scale of its own, which can part from the one the loss has.
         yield Problem("train.precision", "fp16 does not go with model.moe: experts would scale by themselves",
                       "Use train.precision bf16")
-    if not t.fp8:
-        return
-    if cfg.device in ("cpu", "mps"):
-        yield Problem("train.fp8", f"FP8 needs a CUDA GPU, but device is {cfg.device}", "Set it to false (--no-fp8)")
-    elif importlib.util.find_spec("transformer_engine") is None:
-        yield Problem(
-            "train.fp8",
-            "FP8 needs Transformer Engine, which is not installed",
-            "Set it to false (--no-fp8), or pip install 'mainspring[te]' on a machine with a GPU",
-        )
-    elif m.backend != "te":
-        yield Problem(
-            "train.fp8",
-            f"FP8 runs through Transformer Engine, but model.backend is {m.backend}",
-            "Set model.backend to te, or --no-fp8",
-        )
-    local = (m.ffn_hidden_size or 0) // cfg.parallel.tensor
-    for name, size in (("hidden_size", m.hidden_size), ("ffn_hidden_size", local)):
-        if size % 16:
-            yield Problem(
-                f"model.{name}",
-                f"{size} features on a rank are not a multiple of 16, as FP8 needs (train.fp8)",
-                f"Use a multiple of {16 * (cfg.parallel.tensor if name == 'ffn_hidden_size' else 1)}, or --no-fp8",
-            )
 
 
 def _recovery(cfg: Config) -> Iterator[Problem]:

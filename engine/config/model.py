@@ -14,6 +14,10 @@ PresetName = Literal[
     "small", "medium", "large", "xl", "1b", "3b", "7b", "8b", "20b_moe", "70b", "mixtral_8x7b", "qwen3_30b_a3b"
 ]  # fmt: skip
 
+AttentionBackend = Literal[
+    "auto", "cudnn", "flash", "efficient", "math", "flex", "varlen", "flash_attn", "transformer_engine", "cpu"
+]  # fmt: skip
+
 
 class MoEConfig(Section):
     """Mixture of experts in place of the dense feed-forward layers."""
@@ -67,6 +71,27 @@ class YarnConfig(Section):
             yield Problem("beta_slow", f"{self.beta_slow} is not below beta_fast ({self.beta_fast})", "Use 1 and 32")
 
 
+class Llama3RopeConfig(Section):
+    """Llama 3.1's stretch of the rotary embedding to contexts longer than those the model was first trained on."""
+
+    factor: float = option(8.0, "how many times longer the slow dimensions' wavelengths become", "1", ge=1)
+    original_seq_length: int = option(8192, "context length before the stretch", "tokens", ge=1, le=2**31)
+    low_freq_factor: float = option(
+        1.0, "rotations within the original context below which a dimension is stretched in full", "rotations", gt=0
+    )
+    high_freq_factor: float = option(
+        4.0, "rotations within the original context above which a dimension keeps its frequency", "rotations", gt=0
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        if self.low_freq_factor >= self.high_freq_factor:
+            yield Problem(
+                "low_freq_factor",
+                f"{self.low_freq_factor} is not below high_freq_factor ({self.high_freq_factor})",
+                "Use 1 and 4",
+            )
+
+
 class ModelConfig(Section):
     """The model's shape."""
 
@@ -103,8 +128,11 @@ class ModelConfig(Section):
     rotary_base: float = option(10000.0, "base of the rotary embedding's wavelengths", "1", gt=1)
     rotary_percent: float = option(1.0, "share of each head that rotates", "0 to 1", gt=0, le=1)
     yarn: YarnConfig | None = option(None, "YaRN for long contexts (null: plain rotary embedding)")
-    activation: Literal["swiglu", "clamped_swiglu"] = option(
-        "swiglu", "the feed-forward network's gate; clamped_swiglu is GPT-OSS's"
+    llama3_rope: Llama3RopeConfig | None = option(
+        None, "Llama 3.1's rotary embedding for long contexts (null: plain, or yarn)"
+    )
+    activation: Literal["swiglu", "quick_geglu", "clamped_swiglu"] = option(
+        "swiglu", "the feed-forward network's gate: silu, quick GELU, or GPT-OSS's clamped one"
     )
     qk_norm: bool = option(False, "RMSNorm on each head of queries and keys")
     attention_bias: bool = option(False, "bias on the query, key and value projections")
@@ -127,6 +155,9 @@ class ModelConfig(Section):
     backend: Literal["engine", "reference", "te"] = option(
         "engine",
         "whose layers: the engine's kernels, plain PyTorch (the oracle), or Transformer Engine where installed",
+    )
+    attention_backend: AttentionBackend = option(
+        "auto", "the kernel of attention with the engine's layers (auto: the best that can; the log says which and why)"
     )
     kernels: Literal["auto", "torch", "triton"] = option(
         "auto",
@@ -157,22 +188,36 @@ class ModelConfig(Section):
 
     def problems(self) -> Iterator[Problem]:
         yield from self._head_problems()
+        if self.attention_backend != "auto" and self.backend != "engine":
+            yield Problem(
+                "attention_backend",
+                f"chooses the kernel of the engine's attention, but backend is {self.backend}",
+                "Set it to auto, or model.backend to engine",
+            )
         if self.full_attention_every is not None and self.window_size is None:
             yield Problem(
                 "full_attention_every",
                 "is for models with a window, but window_size is null",
                 "Set model.window_size, or full_attention_every to null",
             )
-        if self.yarn is not None and self.backend == "te":
-            yield Problem("yarn", "is built into the engine's attention, but backend is te", "Use backend engine")
-        if self.yarn is not None and self.seq_length > self.yarn.factor * self.yarn.original_seq_length:
-            longest = int(self.yarn.factor * self.yarn.original_seq_length)
-            yield Problem(
-                "yarn.factor",
-                f"stretches the context to {longest} tokens, but model.seq_length is {self.seq_length}",
-                "Raise factor, or lower model.seq_length",
-            )
+        yield from self._stretch_problems()
         yield from self._expert_problems()
+
+    def _stretch_problems(self) -> Iterator[Problem]:
+        if self.yarn is not None and self.llama3_rope is not None:
+            yield Problem("llama3_rope", "stretches the context, but so does yarn", "Set one of the two to null")
+        for name, stretch in (("yarn", self.yarn), ("llama3_rope", self.llama3_rope)):
+            if stretch is None:
+                continue
+            if self.backend == "te":
+                yield Problem(name, "is built into the engine's attention, but backend is te", "Use backend engine")
+            if self.seq_length > stretch.factor * stretch.original_seq_length:
+                longest = int(stretch.factor * stretch.original_seq_length)
+                yield Problem(
+                    f"{name}.factor",
+                    f"stretches the context to {longest} tokens, but model.seq_length is {self.seq_length}",
+                    "Raise factor, or lower model.seq_length",
+                )
 
     def _expert_problems(self) -> Iterator[Problem]:
         if self.backend == "te":

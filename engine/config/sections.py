@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from engine.config.adamw import AdamWConfig
 from engine.config.base import Problem, Section, option
+from engine.config.fp8 import Fp8Config
 
 STEPS = 10**12  # a bound that no run reaches: it keeps arithmetic on absurd input fast
 
@@ -104,6 +106,7 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", "optimiser; muon orthogonalises the updates of hidden matrices and leaves the rest to AdamW"
     )
+    adamw: AdamWConfig = option(AdamWConfig, "what AdamW keeps of each parameter")
     muon: MuonConfig = option(MuonConfig, "what only Muon has; its learning rate and weight decay are AdamW's")
     lr: float = option(3e-4, "peak learning rate", "1/step", gt=0, le=1000)
     min_lr: float = option(0.0, "learning rate at the end of the decay", "1/step", ge=0)
@@ -123,11 +126,16 @@ class TrainConfig(Section):
     beta2: float = option(0.95, "AdamW's decay of the mean square", "0 to 1", ge=0, lt=1)
     eps: float = option(1e-8, "AdamW's denominator floor", "1", gt=0, le=1)
     clip_grad: float = option(1.0, "largest gradient norm (0: no clipping)", "L2 norm", ge=0)
+    label_smoothing: float = option(0.0, "share of a target spread over all tokens, in training", "0 to 1", ge=0, lt=1)
+    z_loss: float = option(0.0, "weight of the squared logsumexp in the training loss (PaLM: 1e-4)", "1", ge=0, le=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "parameters and activations; auto is bf16 where the processor multiplies faster in it, else fp32"
     )
     loss_scale: float | None = option(None, "constant loss scale of fp16 (null: dynamic)", "1", gt=0)
-    fp8: bool = option(False, "FP8 matrix products (needs model.backend te)")
+    fp8: bool = option(
+        False, "8-bit matrix products in the layers (GPUs of capability 8.9 and above; emulated elsewhere)"
+    )
+    fp8_recipe: Fp8Config = option(Fp8Config, "how the engine's FP8 scales, and where it stays away")
     recompute: Literal["none", "selective", "full"] = option(
         "none", "activations recomputed in the backward pass: none, attention's, or whole layers"
     )
@@ -175,6 +183,8 @@ class TrainConfig(Section):
         yield from self._length_problems()
         if self.optimizer != "muon" and self.muon != MuonConfig():
             yield Problem("muon", f"is set, but train.optimizer is {self.optimizer}", "Set train.optimizer to muon")
+        for problem in self.adamw.precision_problems(self.precision):
+            yield Problem(f"adamw.{problem.field}", problem.text, problem.fix)
         if self.loss_scale is not None and self.precision != "fp16":
             yield Problem(
                 "loss_scale",

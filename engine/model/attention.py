@@ -7,7 +7,6 @@ dimension.
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any
 
 import torch
@@ -20,15 +19,39 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
+from engine.config import Config
+from engine.errors import UserError
 from engine.model import rotary
 from engine.model.sequence import Sequence
 from engine.parallel import context
+from engine_kernels import attention_backends
 from engine_kernels.attention import causal_attention
-from engine_kernels.rotary import rotary_reference, split_qkv_rotary
+from engine_kernels.documents import Documents
+from engine_kernels.qkv_rotary import split_qkv_rotary
+from engine_kernels.rotary import rotary as turn_queries_and_keys
 
 
 def _rng_tracker() -> Any:
     return tensor_parallel.get_cuda_rng_tracker()  # optional only before the process groups exist
+
+
+def check_backend(cfg: Config, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ``UserError`` where ``model.attention_backend`` cannot serve this model's training here."""
+    m, wanted = cfg.model, cfg.model.attention_backend
+    if wanted == "auto":
+        return
+    queries = m.seq_length // (2 * cfg.parallel.context) if cfg.parallel.context > 1 else m.seq_length
+    windowed = m.window_size is not None and m.window_size < m.seq_length
+    windows = {m.window_size if windowed else None, None if m.full_attention_every or not windowed else m.window_size}
+    machine = attention_backends.this_machine(device.type, device.index)
+    for window in sorted(windows, key=lambda size: size or 0):
+        request = attention_backends.Request(
+            device.type, dtype, m.head_dim or m.hidden_size // m.num_attention_heads, queries, m.seq_length, window,
+            m.attention_sinks, False, m.dropout, True, torch.are_deterministic_algorithms_enabled())
+        if found := attention_backends.obstacle(wanted, request, machine):
+            raise UserError(f"{wanted} cannot serve {request}: it {attention_backends.clause(found)}",
+                            where="model.attention_backend",
+                            fix=f"Use {attention_backends.best(request, machine)} or auto")
 
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -52,7 +75,7 @@ class CoreAttention(MegatronModule):
         super().__init__(config=config)
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.dropout = config.attention_dropout
-        self.impl = config.kernel_impl
+        self.impl = config.attention_impl
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None
         self.pg_collection: Any = pg_collection
@@ -62,41 +85,33 @@ class CoreAttention(MegatronModule):
             self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
             tensor_parallel.set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
-    def _attend(self, q_bhsd: torch.Tensor, k_bgtd: torch.Tensor, v_bgtd: torch.Tensor) -> torch.Tensor:
-        """Queries are the last s of the t positions."""
+    def _attend(self, q_bhsd: torch.Tensor, k_bgtd: torch.Tensor, v_bgtd: torch.Tensor,
+                documents: Documents | None = None, cached: bool = False) -> torch.Tensor:
+        """Queries are the last s of the t positions, or those at hand of rows of documents."""
         dropout = self.dropout if self.training else 0.0
-        options = {"scale": self.scale, "window": self.window, "sinks": self.softmax_offset, "impl": self.impl}
+        impl = "auto" if cached and self.impl != "torch" else self.impl  # few kernels take single queries
+        options = {"scale": self.scale, "window": self.window, "sinks": self.softmax_offset, "documents": documents,
+                   "impl": impl}
         if dropout == 0.0:
             return causal_attention(q_bhsd, k_bgtd, v_bgtd, **options)
         with _rng_tracker().fork():  # tensor ranks hold other heads: other masks
             return causal_attention(q_bhsd, k_bgtd, v_bgtd, dropout=dropout, **options)
 
-    def _row(self, q_1hsd, k_1gtd, v_1gtd, first: int, end: int, boundaries: list[int]) -> torch.Tensor:
-        """Queries at positions first … end-1 of a row of documents, each against the keys of its own."""
-        edges = [edge for edge in boundaries if edge < end] + [end]
-        spans = list(itertools.pairwise(edges))
-        lengths = [b - a for a, b in spans]
-        queries = q_1hsd.split([max(0, b - max(a, first)) for a, b in spans], dim=2)
-        keys, values = (x[:, :, :end].split(lengths, dim=2) for x in (k_1gtd, v_1gtd))
-        seen = [(q, k, v) for q, k, v in zip(queries, keys, values, strict=True) if q.shape[2]]
-        return _join([self._attend(q, k, v) for q, k, v in seen])
-
     def forward(self, q_bhsd: torch.Tensor, k_bgsd: torch.Tensor, v_bgsd: torch.Tensor,
-                rows: Sequence | None = None) -> torch.Tensor:
-        """-> [b, h, s, d]. Without ``rows`` the queries are the last s of the t positions that the keys stand at."""
+                rows: Sequence | None = None, cached: bool = False) -> torch.Tensor:
+        """-> [b, h, s, d]. Without ``rows`` the queries are the last s of the t positions that the keys stand at.
+
+        ``cached``: those are a generation's, where ``model.attention_backend`` is not insisted on.
+        """
         if rows is None:
-            return self._attend(q_bhsd, k_bgsd, v_bgsd)
+            return self._attend(q_bhsd, k_bgsd, v_bgsd, cached=cached)
         k_bgtd, v_bgtd = context.gather_keys_values(k_bgsd, v_bgsd, rows.group)
+        if rows.documents is not None:
+            return self._attend(q_bhsd, k_bgtd, v_bgtd, rows.documents)
         ranges = context.chunks(rows.length, rows.group)
-        parts = []
-        for (first, end), q in zip(ranges, q_bhsd.split([end - first for first, end in ranges], dim=2), strict=True):
-            k, v = k_bgtd[:, :, :end], v_bgtd[:, :, :end]
-            if rows.documents_b is None:
-                parts.append(self._attend(q, k, v))
-                continue
-            parts.append(torch.cat([self._row(q[i : i + 1], k[i : i + 1], v[i : i + 1], first, end, boundaries)
-                                    for i, boundaries in enumerate(rows.documents_b)]))
-        return _join(parts)
+        chunks = q_bhsd.split([end - first for first, end in ranges], dim=2)
+        return _join([self._attend(q, k_bgtd[:, :, :end], v_bgtd[:, :, :end])
+                      for (_, end), q in zip(ranges, chunks, strict=True)])
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
         """Megatron's, with the sinks split over tensor ranks."""
@@ -135,11 +150,11 @@ class SelfAttention(MegatronSelfAttention):
                     else rotary.shared_table(config.rotary, rows, device))
         if plain:
             return split_qkv_rotary(mixed, cos, sin, num_groups=groups, queries_per_group=heads // groups,
-                                    head_dim=d, impl=config.kernel_impl)
-        if cos.dim() == 3:
-            cos, sin = (turn.transpose(0, 1)[:, None] for turn in (cos, sin))  # [b, 1, s, r]
-        q_bhsd, k_bgsd, v_bgsd = (x.permute(1, 2, 0, 3) for x in (q_sbhd, k_sbgd, v_sbgd))
-        return rotary_reference(q_bhsd, cos, sin), rotary_reference(k_bgsd, cos, sin), v_bgsd
+                                    head_dim=d, in_place=True, impl=config.kernel_impl)
+        q_bshd, k_bsgd = turn_queries_and_keys(
+            q_sbhd.transpose(0, 1), k_sbgd.transpose(0, 1), cos, sin,
+            impl="auto" if config.kernel_impl == "cpu" else config.kernel_impl)  # there is no C++ kernel
+        return q_bshd.transpose(1, 2), k_bsgd.transpose(1, 2), v_sbgd.permute(1, 2, 0, 3)
 
     def _append_to_cache(self, cache, k_bgsd: torch.Tensor, v_bgsd: torch.Tensor):
         """Writes this step's keys and values behind those before; returns all of them so far, [b, g, t, d]."""
@@ -172,5 +187,5 @@ class SelfAttention(MegatronSelfAttention):
             attend = functools.partial(self.core_attention, rows=packed_seq_params)
             out_bhsd = tensor_parallel.checkpoint(attend, False, q_bhsd, k_bgtd, v_bgtd)
         else:
-            out_bhsd = self.core_attention(q_bhsd, k_bgtd, v_bgtd, packed_seq_params)
+            out_bhsd = self.core_attention(q_bhsd, k_bgtd, v_bgtd, packed_seq_params, cached=cache is not None)
         return self.linear_proj(out_bhsd.permute(2, 0, 1, 3).flatten(2))

@@ -26,13 +26,14 @@ def model(cfg: Config, groups: Groups, vocab_size: int) -> list[Any]:
 
     One chunk, or ``parallel.virtual_pipeline`` of them. ``vocab_size``: see ``engine.config.vocabulary``.
     """
-    from engine.model import spec
+    from engine.model import attention, fp8, spec
     from engine.model.gpt import GPT
     from engine.model.init import initialise
 
     if cfg.model.kernels == "triton" and (obstacle := jit.obstacle(torch.empty(0, device=groups.device))):
         raise UserError(obstacle, where="model.kernels", fix="Use kernels auto")
     dtype = model_config.resolve_precision(cfg.train.precision, groups.device)
+    attention.check_backend(cfg, dtype, groups.device)
     settings = model_config.build(cfg, vocab_size, dtype)
     if groups.device.type != "cuda":
         from engine.parallel import cpu
@@ -57,6 +58,7 @@ def model(cfg: Config, groups: Groups, vocab_size: int) -> list[Any]:
             vp_stage=vp_stage,
         )
         chunks.append(chunk.to(groups.device))
+    fp8.install(chunks, groups)
     initialise(chunks, settings, cfg.seed, tied=m.tie_embeddings)
     return chunks
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from engine.config import Config
+from engine.config.fp8 import Fp8Config
 from engine.errors import UserError
 from engine.model.rotary import Rotary
 
@@ -21,15 +22,20 @@ class ModelSettings(TransformerConfig):
     real tokens, without the padding rows. ``rotary``: how positions turn queries and keys. ``window_size`` is
     Megatron's (keys before the query, 0), ``softmax_type`` "learnable" means attention sinks. ``activation``,
     ``router`` and ``expert_bias``: see ``engine.config.model``. ``num_dense_layers``: first layers without experts.
+    ``fp8_linears``: how linear layers multiply in 8 bits (None: they do not).
     """
 
     kernel_impl: str = "auto"
+    attention_impl: str = "auto"
     vocab_size: int = 0
     rotary: Rotary = field(default_factory=lambda: Rotary(0))
     activation: str = "swiglu"
     router: str = ""
     expert_bias: bool = False
     num_dense_layers: int = 0
+    label_smoothing: float = 0.0  # of the training loss, as z_loss
+    z_loss: float = 0.0
+    fp8_linears: Fp8Config | None = None
 
 
 def cpu_multiplies_faster_in_bf16() -> bool:
@@ -80,6 +86,14 @@ def _attention_settings(cfg: Config) -> dict:
             "softmax_type": "learnable" if m.attention_sinks else "vanilla"}
 
 
+def _attention_impl(cfg: Config) -> str:
+    """The kernel that ``engine_kernels.attention`` is told to take: the one asked for, else plain torch or the best."""
+    m = cfg.model
+    if m.attention_backend != "auto":
+        return m.attention_backend
+    return "torch" if m.backend == "reference" or m.kernels == "torch" else "auto"
+
+
 def _recompute_settings(mode: str) -> dict:
     if mode == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -88,9 +102,12 @@ def _recompute_settings(mode: str) -> dict:
     return {}
 
 
-def _fp8_settings(wanted: bool) -> dict:
-    """Transformer Engine's (the configuration asks for its backend): e4m3 forward, e5m2 gradients, delayed scaling."""
-    return {"fp8": "hybrid", "fp8_recipe": "delayed"} if wanted else {}
+def _fp8_settings(cfg: Config) -> dict:
+    """The engine's own linear layers, or Transformer Engine's: e4m3 forward, e5m2 gradients, delayed scaling."""
+    if not cfg.train.fp8:
+        return {}
+    return {"fp8": "hybrid", "fp8_recipe": "delayed"} if cfg.model.backend == "te" else {
+        "fp8_linears": cfg.train.fp8_recipe}
 
 
 def _expert_settings(cfg: Config) -> dict:
@@ -157,12 +174,15 @@ def build(cfg: Config, vocab_size: int, dtype: torch.dtype) -> ModelSettings:
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         kernel_impl="torch" if m.backend == "reference" else m.kernels,
+        attention_impl=_attention_impl(cfg),
         vocab_size=vocab_size,
-        rotary=Rotary.of(int(head_dim * m.rotary_percent) // 2 * 2, m.rotary_base, m.yarn),
+        label_smoothing=cfg.train.label_smoothing,
+        z_loss=cfg.train.z_loss,
+        rotary=Rotary.of(int(head_dim * m.rotary_percent) // 2 * 2, m.rotary_base, m.yarn, m.llama3_rope),
         **_attention_settings(cfg),
         activation=m.activation,
         **_expert_settings(cfg),
         **_parallel_settings(cfg, dtype),
         **_recompute_settings(cfg.train.recompute),
-        **_fp8_settings(cfg.train.fp8),
+        **_fp8_settings(cfg),
     )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from engine.data.loader import Batch
-from engine.model import moe, sequence
+from engine.model import fp8, moe, sequence
 from engine.parallel.topology import Groups
 from engine.parallel.wrap import unwrap
 
@@ -93,15 +93,16 @@ def run(
     if counts_experts:
         moe.prepare(chunks, supervised=_supervised(drawn, groups), sequences=sequences, tokens=sequences * seq_length)
     iterators = [iter(drawn) for _ in chunks]
-    outputs = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=num_micro_batches,
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
-        forward_only=forward_only,
-    )
+    with fp8.global_batch(chunks, training=not forward_only):
+        outputs = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=num_micro_batches,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+        )
     sums = torch.zeros(3, dtype=torch.float64, device=groups.device)
     if groups.is_loss_rank:  # one tensor rank of the last stage speaks for its data-parallel replica
         sums += torch.stack(list(outputs)).sum(0)

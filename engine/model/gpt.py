@@ -39,7 +39,10 @@ class GPT(GPTModel):
             scale = self.config.grad_scale_func(torch.ones((), device=hidden_sbh.device))
         loss_sum, correct = next_token_loss(
             hidden_sbh.flatten(0, 1), weight_vh, labels.t().reshape(-1), loss_mask.t().reshape(-1),
-            vocab_size=self.config.vocab_size, tp_group=tp_group, scale=scale, impl=self.config.kernel_impl)
+            vocab_size=self.config.vocab_size, tp_group=tp_group, scale=scale,
+            # An evaluation reports plain cross-entropy.
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
+            z_loss=self.config.z_loss if self.training else 0.0, impl=self.config.kernel_impl)
         return torch.stack([loss_sum, correct.to(loss_sum.dtype)])
 
     def _head_weight(self) -> Any:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from engine.model import dispatchers
 
 
 class Layer(TransformerLayer):
@@ -22,6 +25,11 @@ class Layer(TransformerLayer):
     pre_mlp_layernorm: Any
     mlp: Any
     mlp_bda: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if isinstance(self.mlp, MoELayer):
+            dispatchers.install(self.mlp)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, inference_context: Any = None,
                 packed_seq_params: Any = None, padding_mask: Any = None, **_unused: Any):

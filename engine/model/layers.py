@@ -15,14 +15,17 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
 from megatron.core.transformer.module import MegatronModule
 
+from engine.model import fp8_tensor
 from engine.model.config import ModelSettings
-from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
+from engine_kernels.linear import add_matmul_tn_, matmul_nn, matmul_nt, matmul_tn
 from engine_kernels.rms_norm import add_rms_norm, rms_norm
-from engine_kernels.swiglu import clamped_swiglu, swiglu
+from engine_kernels.swiglu import ACTIVATIONS
 
 
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight over the last dimension, statistics in fp32."""
+
+    fp8_output: Any = None  # the scaling of the fp8 layer that alone reads the output (engine/model/fp8.py)
 
     def __init__(self, config: ModelSettings, hidden_size: int, eps: float = 1e-5, **_ignored):
         super().__init__()
@@ -35,23 +38,26 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x_sbh: torch.Tensor, residual_sbh: torch.Tensor | None = None) -> Any:
         """-> the normalised x; with a residual the normalised sum of both, and the sum."""
+        if fp8_tensor.fuses(self.fp8_output, x_sbh):
+            return fp8_tensor.rms_norm(x_sbh, residual_sbh, self.weight, eps=self.eps, scaling=self.fp8_output)
         if residual_sbh is None:
             return rms_norm(x_sbh, self.weight, eps=self.eps, impl=self.impl)
         return add_rms_norm(x_sbh, residual_sbh, self.weight, eps=self.eps, impl=self.impl)
 
 
 class SwiGLU(MegatronModule):
-    """silu(gate) * up of [gate | up] in the last dimension, or GPT-OSS's clamped form of it.
+    """The configured gated activation (by default silu(gate) * up) of [gate | up] in the last dimension.
 
     A MegatronModule so that checkpoints can walk it.
     """
 
     config: ModelSettings
+    fp8_output: Any = None  # as RMSNorm's
 
     def forward(self, x_sb2f: torch.Tensor) -> torch.Tensor:
-        if self.config.activation == "clamped_swiglu":
-            return clamped_swiglu(x_sb2f)
-        return swiglu(x_sb2f, impl=self.config.kernel_impl)
+        if fp8_tensor.fuses(self.fp8_output, x_sb2f):
+            return fp8_tensor.activation(x_sb2f, self.config.activation, scaling=self.fp8_output)
+        return ACTIVATIONS[self.config.activation](x_sb2f, impl=self.config.kernel_impl)
 
 
 def residual_add(training: bool, fused: bool):
@@ -68,16 +74,22 @@ def residual_add(training: bool, fused: bool):
     return add
 
 
-def _sum_gradient(weight: Any, grad: torch.Tensor) -> None:
-    """Adds to ``main_grad``, which is zero before a step's first micro-batch, as Megatron's hook would: same bits.
+def weight_gradient(weight: Any, grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """What a backward pass returns for ``weight`` [m, k]: grad_y [..., m]ᵀ x [..., k], unless that is summed already.
 
-    The first is copied, which spares reading the zeros, and the hook finds nothing to add.
+    Where DDP wrapped the weight, the product adds to ``main_grad``, as Megatron's hook would. The hook then has nothing
+    to add. Where it starts the reduction (overlapped), it must be handed a tensor all the same, which it throws away
+    (Megatron's protocol). A hook that somebody hung on the weight gets its gradient, as ever.
     """
-    if weight.grad_added_to_main_grad:
-        weight.main_grad.add_(grad)
-    else:
-        weight.main_grad.copy_(grad)
-        weight.grad_added_to_main_grad = True  # until DDP's zero_grad_buffer
+    own, overlapped = (getattr(weight, name, False) for name in ("sums_own_gradient", "sums_before_hook"))
+    if not (own or overlapped) or weight._backward_hooks:
+        return matmul_tn(grad_y, x)
+    # Zero before a step's first micro-batch, which overwrites it: the zeros need not be read.
+    add_matmul_tn_(weight.main_grad, grad_y, x, first=not weight.grad_added_to_main_grad)
+    weight.grad_added_to_main_grad = True  # until DDP's zero_grad_buffer
+    if own:
+        return None
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
 class _ParallelLinear(torch.autograd.Function):
@@ -111,11 +123,7 @@ class _ParallelLinear(torch.autograd.Function):
         elif ctx.sequence_parallel:
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
             summing = dist.reduce_scatter_tensor(grad_x, grad_total, group=ctx.tp_group, async_op=True)
-        grad_weight = matmul_tn(grad_y, total) if ctx.needs_input_grad[1] else None
-        # A hook that somebody hung on the weight gets its gradient, as ever.
-        if grad_weight is not None and getattr(weight, "sums_own_gradient", False) and not weight._backward_hooks:
-            _sum_gradient(weight, grad_weight)
-            grad_weight = None
+        grad_weight = weight_gradient(weight, grad_y, total) if ctx.needs_input_grad[1] else None
         grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.has_bias else None
         if summing is not None:
             summing.wait()

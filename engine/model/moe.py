@@ -1,6 +1,7 @@
 """Mixture of experts: the router, its balance and z losses, and their statistics over a global batch.
 
-Megatron's ``MoELayer`` does the rest: it carries tokens to the experts' ranks and back.
+``engine_kernels.moe_routing`` has the formulas of the choice and its weights. Megatron's ``MoELayer`` does the rest: it
+carries tokens to the experts' ranks and back (``engine/model/dispatchers.py``).
 
 s sequence, b batch, h hidden, e experts, k chosen experts of a token, t tokens of a micro-batch (s and b flattened),
 l MoE layers. Under sequence and context parallelism s is this rank's share.
@@ -31,6 +32,7 @@ from engine.model.config import ModelSettings
 from engine.parallel.topology import Groups
 from engine.parallel.wrap import unwrap
 from engine_kernels.linear import matmul_nn, matmul_nt, matmul_tn
+from engine_kernels.moe_routing import Routing, route
 
 
 @dataclass(frozen=True)
@@ -68,31 +70,6 @@ class _Logits(torch.autograd.Function):
         return grad_x, grad_weight, None if ctx.bias_dtype is None else grad_te.sum(0).to(ctx.bias_dtype)
 
 
-def choose(logits_te: torch.Tensor, *, router: str, top_k: int, expert_bias_e: torch.Tensor | None = None,
-           scaling_factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights of the chosen experts [t, k], which they are [t, k], and every expert's share of the scores [t, e].
-
-    ``router``: softmax_after_topk (Mixtral), softmax_before_topk (Switch), or sigmoid (DeepSeek-V3), which alone takes
-    ``expert_bias_e``: it moves the choice, not the weights.
-    """
-    if router == "sigmoid":
-        scores_te = logits_te.sigmoid()
-        biased_te = scores_te if expert_bias_e is None else scores_te.detach() + expert_bias_e
-        chosen_tk = biased_te.topk(top_k, dim=-1).indices
-        weights_tk = scores_te.gather(1, chosen_tk)
-        if top_k > 1:  # a single normalised weight would always be 1
-            weights_tk = weights_tk / (weights_tk.sum(-1, keepdim=True) + 1e-20)
-        share_te = scores_te / (scores_te.sum(-1, keepdim=True) + 1e-20)
-    else:
-        share_te = logits_te.softmax(-1)
-        if router == "softmax_before_topk":
-            weights_tk, chosen_tk = share_te.topk(top_k, dim=-1)
-        else:
-            top_tk, chosen_tk = logits_te.topk(top_k, dim=-1)
-            weights_tk = top_tk.softmax(-1)
-    return weights_tk * scaling_factor, chosen_tk, share_te
-
-
 class _WithLosses(torch.autograd.Function):
     """The routing weights as they are; in the backward pass the losses get their gradients and are counted.
 
@@ -125,6 +102,7 @@ class Router(MegatronModule):
         super().__init__(config)
         experts = config.num_moe_experts
         assert experts is not None
+        self.impl = "auto" if config.kernel_impl == "cpu" else config.kernel_impl  # there is no C++ kernel of this
         self.tp_group = pg_collection.tp
         self.sequence_group = pg_collection.tp_cp  # the ranks that share a sequence
         self.weight = torch.nn.Parameter(torch.empty(experts, config.hidden_size, dtype=config.params_dtype))
@@ -163,36 +141,31 @@ class Router(MegatronModule):
             scale = self.config.grad_scale_func(scale).to(scale.dtype)
         return scale * self.aux_weight, scale * self.z_weight
 
-    def _losses(self, logits_te, share_te, chosen_te, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _losses(self, found: Routing, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's part of the sums over its sequences and tokens: the parts of all ranks add up to the whole.
 
-        f has no gradient, so P's is local, and the only communication is that of b * e counts.
+        ``length``: a sequence's tokens on this rank. f has no gradient, so P's is local, and the only communication is
+        that of b * e counts, of the scores' own choices: the losses are about the scores, the bias about the choice.
         """
-        experts, top_k = share_te.shape[1], self.config.moe_router_topk
-        balanced_te = chosen_te
-        if self.expert_bias is not None:  # the losses are about the scores, the bias about the choice
-            balanced_te = torch.zeros_like(chosen_te).scatter_(1, share_te.topk(top_k, dim=-1).indices, True)
-        counts_be = balanced_te.view(-1, batch, experts).sum(0).float()
+        counts_be = found.balanced_be.float()
         if self.sequence_group.size() > 1:
             dist.all_reduce(counts_be, group=self.sequence_group)
-        tokens = share_te.shape[0] // batch * self.sequence_group.size()
-        mean_be = share_te.view(-1, batch, experts).sum(0) / tokens
-        aux_loss = experts * (counts_be / (tokens * top_k) * mean_be).sum()
-        return aux_loss, logits_te.logsumexp(-1).square().sum()
+        tokens, experts = length * self.sequence_group.size(), counts_be.shape[1]
+        f_be = counts_be / (tokens * self.config.moe_router_topk)
+        return experts * (f_be * found.share_be / tokens).sum(), found.squares_b.sum()
 
     def forward(self, x_sbh: torch.Tensor, padding_mask: None = None) -> tuple[torch.Tensor, torch.Tensor]:
         assert padding_mask is None
-        config = self.config
+        config, (length, batch, _) = self.config, x_sbh.shape
+        counting = self.training and torch.is_grad_enabled()
         logits_te: Any = _Logits.apply(x_sbh.flatten(0, 1), self.weight, self.bias)
-        weights_tk, chosen_tk, share_te = choose(
-            logits_te, router=config.router, top_k=config.moe_router_topk, expert_bias_e=self.expert_bias,
-            scaling_factor=config.moe_router_topk_scaling_factor or 1.0)
-        probs_te = torch.zeros_like(logits_te).scatter(1, chosen_tk, weights_tk)
-        chosen_te = torch.zeros_like(logits_te, dtype=torch.bool).scatter_(1, chosen_tk, True)
-        if self.training and torch.is_grad_enabled():
-            aux_loss, z_loss = self._losses(logits_te, share_te, chosen_te, x_sbh.shape[1])
-            probs_te = _WithLosses.apply(probs_te, aux_loss, z_loss, chosen_te.sum(0), self)
-        return probs_te, chosen_te
+        found = route(logits_te, router=config.router, top_k=config.moe_router_topk, expert_bias_e=self.expert_bias,
+                      scaling_factor=config.moe_router_topk_scaling_factor or 1.0,
+                      sequences=batch if counting else 0, dense=True, impl=self.impl)
+        if not counting:
+            return found.weights, found.chosen
+        probs_te: Any = _WithLosses.apply(found.weights, *self._losses(found, length), found.counts_be.sum(0), self)
+        return probs_te, found.chosen
 
 
 def routers(chunks: list[Any]) -> Iterator[tuple[int, Router]]:

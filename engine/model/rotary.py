@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.config.model import YarnConfig
+from engine.config.model import Llama3RopeConfig, YarnConfig
 from engine.model.sequence import Sequence
 from engine.parallel import context
 
@@ -27,16 +27,29 @@ class Yarn:
 
 
 @dataclass(frozen=True)
+class Llama3:
+    """``Llama3RopeConfig``'s values."""
+
+    factor: float
+    original_seq_length: int
+    low_freq_factor: float
+    high_freq_factor: float
+
+
+@dataclass(frozen=True)
 class Rotary:
     """``dim`` elements of a head rotate (2 r); ``base`` is that of the wavelengths."""
 
     dim: int
     base: float = 10000.0
     yarn: Yarn | None = None
+    llama3: Llama3 | None = None
 
     @classmethod
-    def of(cls, dim: int, base: float, yarn: YarnConfig | None) -> Rotary:
-        return cls(dim, base, None if yarn is None else Yarn(**yarn.model_dump()))
+    def of(cls, dim: int, base: float, yarn: YarnConfig | None = None, llama3: Llama3RopeConfig | None = None
+           ) -> Rotary:
+        return cls(dim, base, None if yarn is None else Yarn(**yarn.model_dump()),
+                   None if llama3 is None else Llama3(**llama3.model_dump()))
 
     def frequencies(self) -> torch.Tensor:
         """Radians a position, fp64 [r]: pair i turns by base^(-2i/dim) (Su et al., 2021, arXiv:2104.09864).
@@ -44,8 +57,14 @@ class Rotary:
         YaRN (Peng et al., 2023, arXiv:2309.00071, section 3.2) divides by ``factor`` those of the pairs that turn less
         than ``beta_slow`` times within the original context, leaves those that turn more than ``beta_fast`` times, and
         blends linearly between, with ends that are not rounded to whole pairs (as GPT-OSS; ``truncate: false``).
+        Llama 3.1 (Meta's llama-models, ``apply_scaling``) does the same with ``low_freq_factor`` and
+        ``high_freq_factor``, but blends linearly in the number of turns, where YaRN does in the pair's place.
         """
         plain = self.base ** (-torch.arange(0, self.dim, 2, dtype=torch.float64) / self.dim)
+        if self.llama3 is not None:
+            low, high = self.llama3.low_freq_factor, self.llama3.high_freq_factor
+            kept = ((self.llama3.original_seq_length * plain / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+            return plain * kept + plain / self.llama3.factor * (1 - kept)
         if self.yarn is None:
             return plain
 

@@ -5,6 +5,7 @@ It travels to the layers as Megatron's ``packed_seq_params``. Without one, a mod
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from engine.data.loader import Batch
 from engine.parallel import context
+from engine_kernels.documents import Documents
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,13 @@ class Sequence:
     group: Any = None
     documents_b: list[list[int]] | None = None
     positions_bs: torch.Tensor | None = None
+
+    @functools.cached_property
+    def documents(self) -> Documents | None:
+        """The same for the kernels: this rank's queries of those rows. One object, for what they keep in it."""
+        if self.documents_b is None:
+            return None
+        return Documents(self.documents_b, context.chunks(self.length, self.group))
 
 
 def share(batch: Batch, group: Any, device: torch.device) -> tuple[list[torch.Tensor], Sequence | None]:

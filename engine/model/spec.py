@@ -17,7 +17,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -28,6 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 from engine.errors import UserError
 from engine.model.attention import CoreAttention, SelfAttention
 from engine.model.config import ModelSettings
+from engine.model.experts import Experts
 from engine.model.layer import Layer
 from engine.model.layers import ColumnParallelLinear, RMSNorm, RowParallelLinear, SwiGLU, residual_add
 from engine.model.moe import Router
@@ -55,7 +55,7 @@ class EngineSpecProvider(BackendSpecProvider):
         return CoreAttention
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool):
-        return SequentialMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        return Experts, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
     def activation_func(self) -> type:
         return SwiGLU

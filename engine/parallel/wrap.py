@@ -39,8 +39,9 @@ def apply(chunks: list[Any], cfg: Config, groups: Groups) -> list[DistributedDat
     for i, chunk in enumerate(chunks):
         settings = chunk.config
         for parameter in chunk.parameters():
-            # Read by the engine's linear layers. To overlap, Megatron's hooks must see a gradient.
+            # Read by the engine's linear layers (weight_gradient). To overlap, Megatron's hooks must see a gradient.
             parameter.sums_own_gradient = not ddp.overlap_grad_reduce
+            parameter.sums_before_hook = ddp.overlap_grad_reduce
         if settings.bf16 or settings.fp16:
             chunk = Float16Module(settings, chunk)
         wrapped.append(DistributedDataParallel(
@@ -50,14 +51,17 @@ def apply(chunks: list[Any], cfg: Config, groups: Groups) -> list[DistributedDat
     return wrapped
 
 
-def gather_parameters(chunks: list[Any]) -> None:
+def gather_parameters(chunks: list[Any], *, whole: bool = False) -> None:
     """Completes the weights of the last update on every rank, before they are read other than by a forward pass.
 
-    With ``overlap_param_gather`` each rank has updated its share only and fetches the others' in the next forward pass.
+    With ``overlap_param_gather`` each rank has updated its share only and fetches the others' in the next forward pass;
+    ``whole``: shares were written outside an update.
     """
     for chunk in chunks:
-        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
+        if isinstance(chunk, DistributedDataParallel):
+            ddp = chunk.ddp_config
+            if ddp.overlap_param_gather or (whole and ddp.use_distributed_optimizer):
+                chunk.start_param_sync(force_sync=True)
 
 
 def gather_gradients(chunks: list[Any]) -> None:

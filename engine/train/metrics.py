@@ -9,7 +9,8 @@ The names, the same for every architecture and stage (FEATURES 5.2; others, such
     train/tokens_per_sec      tokens/s, all ranks             train/consumed_tokens    tokens since step 0
     train/mfu                 share of the peak, 0 to 1       val/loss, val/perplexity, val/accuracy   as train/*
 
-and of models with experts, over the global batch:
+train/loss, and so train/perplexity, contain the terms of train.label_smoothing and train.z_loss where those are set;
+val/* are plain cross-entropy always. Of models with experts, over the global batch:
 
     train/aux_loss            balance loss, mean over layers, before its coefficient: 1 when tokens are spread evenly
     train/z_loss              mean square of the log of the summed exponentials of router logits, mean over layers

@@ -3,8 +3,9 @@
 One torch optimizer holds both kinds of parameters, so that mixed precision has one loss scale and one verdict on
 overflows. It holds the parameters that this rank owns (engine/train/ownership.py) and no others. Its state, for
 checkpoints: ``state_of(p)`` is ``{"momentum": fp32 like p}`` for a matrix and ``{"exp_avg", "exp_avg_sq"}`` for another
-parameter, p being the fp32 weights (under fp16 and bf16 a copy, ``main_param`` of the model's parameter), and each
-AdamW group has its ``step``. ``owner(p)`` is the rank of p's data-parallel group that has all this.
+parameter, p being the fp32 weights (under fp16 and bf16 a copy, ``main_param`` of the model's parameter, or for AdamW
+the bf16 weights themselves), and each AdamW group has its ``step``. ``owner(p)`` is the rank of p's data-parallel group
+that has all this.
 
 ``parallel.distributed_optimizer`` changes nothing here: state is always on owners alone, gradients always on all ranks.
 """
@@ -29,7 +30,8 @@ from engine.config import Config, MuonConfig
 from engine.model import whole
 from engine.parallel import cpu
 from engine.parallel.topology import Groups
-from engine.train import adamw, muon_matrices
+from engine.train import muon_matrices
+from engine.train.adamw import Master, Rule, gradient_of
 from engine.train.muon_matrices import Matrices
 from engine.train.ownership import Item, Ownership
 
@@ -48,8 +50,10 @@ class Muon(torch.optim.Optimizer):
     ``adjust_lr_fn="match_rms_adamw"``.
     """
 
-    def __init__(self, groups: list[dict], matrices: list[Matrices], settings: MuonConfig, dtype: torch.dtype):
+    def __init__(self, groups: list[dict], matrices: list[Matrices], settings: MuonConfig, dtype: torch.dtype,
+                 rule: Rule | None = None):
         super().__init__(groups, {})
+        self.rule = rule or Rule()
         self.matrices, self.settings, self.dtype = matrices, settings, dtype
         self.rank_of: dict[Any, int] = {}
 
@@ -58,9 +62,13 @@ class Muon(torch.optim.Optimizer):
         return self.rank_of[param]
 
     def state_of(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A parameter's fp32 state, zero before its first update. Checkpoints read and fill it."""
-        new = _momentum if self._kinds[param] == "muon" else adamw.moments
+        """A parameter's state, zero before its first update. Checkpoints read and fill it."""
+        new = _momentum if self._kinds[param] == "muon" else self.rule.moments_of
         return new(self.state[param], param)
+
+    def master_of(self, param: torch.Tensor) -> Master | None:
+        """The fp32 weights behind a bf16 parameter that AdamW updates in place."""
+        return self.rule.master_of(self.state[param], param)
 
     @functools.cached_property
     def _kinds(self) -> dict[torch.Tensor, str]:
@@ -73,7 +81,7 @@ class Muon(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             if group["kind"] == "adamw":
-                adamw.update(self.state, group)
+                self.rule.update(self.state, group)
                 continue
             for matrices, params in _batches(group["params"], self.matrices):
                 self._update(matrices, params, group["lr"], group["weight_decay"])
@@ -123,7 +131,7 @@ class OwnersOptimizer(ChainedOptimizer):
     @torch.no_grad()
     def get_grad_norm(self) -> float:
         """Of all gradients of the model, each counted by its owner. Collective over all ranks."""
-        grads = [getattr(p, "main_param", p).grad for p in self._counted]
+        grads: Any = [gradient_of(getattr(p, "main_param", p)) for p in self._counted]
         return get_grad_norm_fp32(grads, grad_stats_parallel_group=dist.group.WORLD)
 
     @torch.no_grad()
@@ -133,8 +141,12 @@ class OwnersOptimizer(ChainedOptimizer):
         return stepped
 
 
-def build(chunks: list[Any], config: OptimizerConfig, cfg: Config, groups: Groups) -> OwnersOptimizer:
-    """Muon over wrapped model chunks. Vectors (norm weights, biases) are not decayed."""
+def build(chunks: list[Any], config: OptimizerConfig, cfg: Config, groups: Groups, rule: Rule,
+          half: type | None = None) -> OwnersOptimizer:
+    """Muon over wrapped model chunks. Vectors (norm weights, biases) are not decayed.
+
+    ``rule``: how AdamW keeps its part. ``half``: the class that stands for Megatron's 16-bit optimizer, if one does.
+    """
     settings, pg, t = chunks[0].config, groups.pg, cfg.train.muon
     dtype = _dtype(t.ns_precision, settings.params_dtype)
     named = [(name, p) for chunk in chunks for name, p in whole.global_names(chunk).items() if p.requires_grad]
@@ -146,8 +158,8 @@ def build(chunks: list[Any], config: OptimizerConfig, cfg: Config, groups: Group
     inner = Muon([_group("muon", matrices, 1.0, config),
                   _group("adamw", [p for p in others if p.dim() > 1], 1.0, config),
                   _group("adamw", [p for p in others if p.dim() == 1], 0.0, config)],
-                 [cut for p in matrices if (cut := cuts[p]) is not None], t, dtype)
-    wrapped = _wrapped(inner, config)
+                 [cut for p in matrices if (cut := cuts[p]) is not None], t, dtype, rule)
+    wrapped = _wrapped(inner, config, half or Float16OptimizerWithFloat16Params)
     wrapped.grad_stats_parallel_group = dist.group.WORLD  # every gradient is some rank's, and only one's
     inner.rank_of = {getattr(p, "main_param", p): ownership.owner(p) for p in mine}
     counted = [p for p in mine if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p, pg.tp)]
@@ -184,7 +196,7 @@ def _scaler(config: OptimizerConfig) -> MegatronGradScaler | None:
         backoff_factor=0.5, growth_interval=int(config.loss_scale_window), hysteresis=config.hysteresis)
 
 
-def _wrapped(inner: Muon, config: OptimizerConfig) -> Any:
+def _wrapped(inner: Muon, config: OptimizerConfig, half: type) -> Any:
     """In Megatron's optimizer of the precision. The fp32 weights behind 16-bit ones are those of owned parameters."""
     def no_state(optimizer, config=None) -> None: ...  # made at the first step
 
@@ -192,5 +204,5 @@ def _wrapped(inner: Muon, config: OptimizerConfig) -> Any:
         warnings.simplefilter("ignore")
         if config.fp16 or config.bf16:
             scaler: Any = _scaler(config)  # none with bf16
-            return Float16OptimizerWithFloat16Params(inner, config, scaler, no_state)
+            return half(inner, config, scaler, no_state)
         return FP32Optimizer(inner, config, no_state)

@@ -5,11 +5,11 @@ def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> bool: ...
 def attention_workspace(dtype: int, s: int, t: int, d: int, backward: bool, /) -> int: ...
 def attention_fwd(
-    dtype: int, q_k_v_dout_sinks: list[int], out: int, lse: int, workspace: int, bytes_a_thread: int,
+    dtype: int, q_k_v_dout_sinks_segments: list[int], out: int, lse: int, workspace: int, bytes_a_thread: int,
     sizes: list[int], strides: list[int], scale: float, threads: int, /,
 ) -> None: ...
 def attention_bwd(
-    dtype: int, q_k_v_dout_sinks: list[int], out: int, lse: int, dq_dk_dv: list[int], workspace: int,
+    dtype: int, q_k_v_dout_sinks_segments: list[int], out: int, lse: int, dq_dk_dv: list[int], workspace: int,
     bytes_a_thread: int, sizes: list[int], strides: list[int], scale: float, threads: int, /,
 ) -> None: ...
 def rms_norm_fwd(
@@ -24,15 +24,20 @@ def split_rotary(
     forward: bool, dtype: int, mixed: int, q: int, k: int, v: int, cos: int, sin: int,
     sizes: list[int], strides: list[int], threads: int, /,
 ) -> None: ...
-def swiglu_fwd(dtype: int, x: int, y: int, n: int, f: int, x_stride: int, threads: int, /) -> None: ...
+def swiglu_fwd(
+    dtype: int, x: int, weights: int, y: int, n: int, f: int, x_stride: int,
+    clamped: bool, alpha: float, limit: float, threads: int, /,
+) -> None: ...
 def swiglu_bwd(
-    dtype: int, x: int, dy: int, dx: int, n: int, f: int, x_stride: int, dy_stride: int, threads: int, /
+    dtype: int, x: int, dy: int, weights: int, dx: int, dweights: int, n: int, f: int, x_stride: int, dy_stride: int,
+    clamped: bool, alpha: float, limit: float, threads: int, /,
 ) -> None: ...
 def cross_entropy_stats(
-    dtype: int, logits: int, labels: int, max: int, sum_exp: int, target: int, hit: int,
-    n: int, v: int, valid: int, stride: int, vocab_start: int, threads: int, /,
+    dtype: int, logits: int, labels: int, stats: int, n: int, v: int, valid: int, stride: int, vocab_start: int,
+    logit_sum: bool, entropy: bool, threads: int, /,
 ) -> None: ...
 def cross_entropy_grad(
     dtype: int, logits: int, labels: int, max: int, sum_exp: int, weight: int,
-    n: int, v: int, valid: int, stride: int, vocab_start: int, threads: int, /,
+    n: int, v: int, valid: int, stride: int, vocab_start: int, on_label: float, elsewhere: float, z_loss: float,
+    threads: int, /,
 ) -> None: ...

@@ -52,8 +52,8 @@ def choose(impl: str, op: str, same: Mapping[str, torch.Tensor], others: Mapping
 
 def _obstacle(kernel: str, same: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> str:
     """Why the C++ or the Triton kernel cannot take these tensors; empty if it can."""
-    if kernel == "cpu" and _extension is None:
-        return f"the extension engine_kernels._cpu is not built ({_missing})"
+    if kernel == "cpu" and (found := extension_obstacle()):
+        return found
     first, dtype = next((name, tensor.dtype) for name, tensor in same.items())
     dtypes = _TRITON_DTYPES if kernel == "triton" else tuple(_DTYPE_CODE)
     if dtype not in dtypes:
@@ -71,10 +71,15 @@ def _obstacle(kernel: str, same: Mapping[str, torch.Tensor], others: Mapping[str
     return ""
 
 
+def extension_obstacle() -> str:
+    """Why there is no C++ extension; empty if there is."""
+    return f"the extension engine_kernels._cpu is not built ({_missing})" if _extension is None else ""
+
+
 def extension() -> ModuleType:
     """The C++ extension. Only called behind `choose`, or by an op of torch.library that was reached through it."""
     if _extension is None:
-        raise RuntimeError(f"the extension engine_kernels._cpu is not built ({_missing})")
+        raise RuntimeError(extension_obstacle())
     return _extension
 
 

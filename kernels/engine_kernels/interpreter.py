@@ -2,6 +2,7 @@
 
 Triton 3.6 and 3.7 interpret a conversion to bf16 as truncation, and their rounding to the nearest fp8 does not carry
 into the exponent. Torch converts rightly (to the nearest, ties to even): conversions between float types go through it.
+Products of bf16 blocks, which Triton 3.7 takes for integers (their bits), are products of their values here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def _torch_types(tl: Any) -> dict[Any, torch.dtype]:
 
 
 def repair() -> None:
-    """Replaces the interpreter's conversions between the float types that torch has. Called once, by ``jit``."""
+    """Replaces the interpreter's conversions between torch's float types, and ``dot``. Called once, by ``jit``."""
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -44,5 +45,14 @@ def repair() -> None:
         data = convert(source.data, from_type, to_type, None).view(interpreter._get_np_dtype(target_type))
         return interpreter.TensorHandle(data, to_type)
 
+    def dot(_builder: Any, a: Any, b: Any, sums: Any, _input_precision: Any, _max_num_imprecise_acc: Any) -> Any:
+        """Operands as tensor cores see them: the narrow floats are exact in fp32."""
+        wide = [convert(handle.data, handle.dtype.scalar, tl.float32, None).view(np.float32)
+                if handle.dtype.scalar in types and handle.dtype.scalar.primitive_bitwidth < 32 else handle.data
+                for handle in (a, b)]
+        with np.errstate(invalid="ignore"):  # infinities are somebody's test
+            return interpreter.TensorHandle(np.matmul(*wide, dtype=sums.data.dtype) + sums.data, sums.dtype.scalar)
+
     interpreter._convert_float = convert
     setattr(interpreter.InterpreterBuilder, "cast_impl", cast)  # noqa: B010 - Triton's argument names differ
+    setattr(interpreter.InterpreterBuilder, "create_dot", dot)  # noqa: B010

@@ -37,6 +37,7 @@ else:
         from engine_kernels import interpreter
 
         interpreter.repair()
+_interpreted = not _missing and bool(triton.knobs.runtime.interpret)  # torch.compile cannot trace the knob itself
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,12 @@ _compiled: list[Compiled] | None = None  # a list while kernels are compiled ins
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported), on CPU tensors."""
-    return not _missing and triton.knobs.runtime.interpret
+    return _interpreted
+
+
+def only_compiles() -> bool:
+    """Whether kernels are compiled and nothing runs: then what lies between them need not be computed either."""
+    return _compiled is not None
 
 
 def obstacle(tensor: torch.Tensor) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,8 +102,86 @@ def test_the_ratio_in_bf16_is_with_autocast():
 @pytest.mark.parametrize(("argv", "message"), [
     (["--sides", "engine,nonsense"], r"--sides: no side 'nonsense'.*There are: .*eager"),
     (["--precision", "fp32", "--sides", "eager-pure"], r"no side 'eager-pure' at precision fp32"),
+    (["--precision", "fp4"], r"--precision: no precision 'fp4'. There are: fp32, bf16, fp8"),
     (["--micro-batch-size", "3"], r"--micro-batch-size: 4 sequences do not divide into micro-batches of 3"),
 ])
 def test_options_that_do_not_go_together(argv, message):
     with pytest.raises(UserError, match=message):
         bench_train.run(options(*argv))
+
+
+# --- other sides -----------------------------------------------------------------------------------------------------
+
+def test_megatron_core_as_it_comes_trains_the_same(capsys):
+    """And one at a time."""
+    engine, mcore = bench_train.run(options("--precision", "fp32", "--sides", "engine,mcore", "--device", "cpu",
+                                            "--one-at-a-time"))
+    assert mcore.name == "tiny fp32 megatron-core"
+    assert mcore.values["first loss"] == pytest.approx(engine.values["first loss"], abs=1e-4)
+    assert mcore.values["last loss"] == pytest.approx(engine.values["last loss"], abs=1e-3)
+    assert 0.01 < mcore.values["engine x"] < 100
+    assert mcore.values["note"] == "its own layers"
+    assert "tiny fp32 megatron-core: " in capsys.readouterr().out
+
+
+def test_fp8_is_the_engines_beside_its_bf16_and_what_is_missing_is_a_row():
+    rows = {row.name: row for row in bench_train.run(options(
+        "--precision", "bf16,fp8", "--sides", "engine,liger", "--device", "cpu", "--weights", "own",
+        "--one-at-a-time"))}
+    bf16, fp8 = rows["tiny bf16 engine"], rows["tiny fp8 engine"]
+    assert fp8.values["x bf16"] > 0
+    assert fp8.values["last loss"] == pytest.approx(bf16.values["last loss"], abs=0.05)
+    assert fp8.values["last loss"] != bf16.values["last loss"]
+    liger = rows["tiny bf16 transformers+liger compile (autocast)"]
+    assert liger.values == {"note": "liger_kernel is not installed"}
+    assert not liger.failed
+
+
+class DeadWorker:
+    def __init__(self, name, *_, **__):
+        raise bench_train.WorkerError(f"{name} ended with exit code 1:\nTraceback\ntorch.OutOfMemoryError: 2 GiB")
+
+
+@pytest.mark.parametrize("together", [[], ["--one-at-a-time"]])
+def test_a_side_that_fails_is_a_row_and_ours_fails_the_run(monkeypatch, together):
+    @contextlib.contextmanager
+    def prepared(plan):
+        yield {}
+
+    monkeypatch.setattr(bench_train, "_prepared", prepared)
+    monkeypatch.setattr(bench_train, "Worker", DeadWorker)
+    engine, mcore = bench_train.run(options("--precision", "bf16", "--sides", "engine,mcore", *together))
+    assert engine.failed.endswith("OutOfMemoryError: 2 GiB")
+    assert mcore.values["note"] == "bf16 megatron-core ended with exit code 1: torch.OutOfMemoryError: 2 GiB"
+    assert not mcore.failed
+
+
+def test_sides_and_their_settings():
+    sides = {side.name: side.changes for side in bench_train._sides(options(
+        "--precision", "bf16,fp8", "--sides", "mcore,liger,liger-pure,engine"))}
+    assert list(sides) == ["bf16 engine", "fp8 engine", "bf16 transformers+liger compile (autocast)",
+                           "bf16 transformers+liger compile (pure)", "bf16 megatron-core", "fp8 megatron-core"]
+    assert sides["bf16 transformers+liger compile (pure)"] == {"precision": "pure", "compile": True, "liger": True}
+    default = bench_train._sides(options("--precision", "bf16"))
+    assert {side.kind for side in default}.isdisjoint(bench_train.ON_REQUEST)
+
+
+def test_8b_fits_with_small_optimizer_state_and_megatron_core_does_not(monkeypatch):
+    from benchmarks.workers import engine_worker, megatron_worker
+    from engine.config import Config
+
+    plan = bench_train.worker_config(options("--model", "8b", "--device", "cpu")) | {"precision": "bf16"}
+    cfg = Config.model_validate(engine_worker.engine_config(plan))
+    assert (cfg.train.adamw.moments, cfg.train.adamw.master) == ("bf16", "remainder")
+    assert plan["parameters"] == pytest.approx(8.03e9, rel=0.001)
+    properties = SimpleNamespace(total_memory=150_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    with pytest.raises(MemoryError, match="take 145 GB of the GPU's 150 GB"):
+        megatron_worker.refuse_what_cannot_fit(plan, torch.device("cuda"))
+    small = bench_train.worker_config(options("--model", "3b", "--device", "cpu"))
+    megatron_worker.refuse_what_cannot_fit(small, torch.device("cuda"))
+
+
+def test_the_device_can_draw_the_weights(tmp_path, monkeypatch):
+    losses = trained(tmp_path, monkeypatch, steps=1, weights="own")
+    assert losses[0] == pytest.approx(math.log(128), abs=0.1)

@@ -39,7 +39,7 @@ def test_the_result_names_machine_and_versions(suites, tmp_path, capsys):
     assert run.main(["fast", "other", "--size", "5", "--json", str(path)]) == 0
     written = json.loads(path.read_text())
     assert written["suites"]["fast"][0] == {"name": "op", "values": {"GB/s": 100.0, "size": 5}, "compare": "GB/s",
-                                            "higher_is_better": True}
+                                            "higher_is_better": True, "failed": ""}
     assert written["suites"]["other"][0]["values"] == {"n": 1234567}
     assert written["options"]["size"] == 5
     assert set(written["machine"]) == {"cpu", "cores", "memory_gb", "gpu", "system"}
@@ -48,11 +48,30 @@ def test_the_result_names_machine_and_versions(suites, tmp_path, capsys):
     import torch
 
     assert written["versions"]["torch"] == torch.__version__
-    assert set(written["versions"]) == {"python", "torch", "transformers", "megatron-core", "triton", "numpy", "commit",
-                                        "dirty"}
+    assert set(written["versions"]) == {"python", "commit", "dirty", *harness.PACKAGES}
     out = capsys.readouterr().out
     assert "1,234,567" in out
     assert "hello" in out
+
+
+def test_a_run_that_is_stopped_keeps_what_it_measured(suites, tmp_path, monkeypatch):
+    def stopped(options):
+        yield Row("first", {"ms": 1.0})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "load_suite", lambda name: SimpleNamespace(run=stopped))
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["fast", "--json", str(tmp_path / "out.json")])
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [row["name"] for row in written["suites"]["fast"]] == ["first"]
+
+
+def test_a_failure_of_ours_is_exit_code_1_after_everything_ran(suites, tmp_path, monkeypatch, capsys):
+    rows = [Row("bad", {"ms": None}, failed="off by 0.5"), Row("good", {"ms": 1.0})]
+    monkeypatch.setattr(run, "load_suite", lambda name: SimpleNamespace(run=lambda options: rows))
+    assert run.main(["fast", "--json", str(tmp_path / "out.json")]) == 1
+    assert "FAILED bad: off by 0.5" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "out.json").read_text())["suites"]["fast"]) == 2
 
 
 def test_commit_and_changes_are_those_of_the_repository(tmp_path, monkeypatch):

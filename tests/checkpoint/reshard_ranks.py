@@ -47,6 +47,12 @@ LAYOUTS: dict[str, dict[str, tuple[int, dict]]] = {  # family -> layout -> ranks
         "dp4_buckets": (4, OVERLAP),
         "pp2_dp2": (4, P2 | DIST),
     },
+    "two_bytes": {
+        "one": (1, {}),
+        "dp2_distributed": (2, DIST),
+        "tp2": (2, T2 | SP),
+        "ep2_dp4_buckets": (4, EP | OVERLAP),
+    },
     "moe": {
         "one": (1, {}),
         "ep2": (2, EP),

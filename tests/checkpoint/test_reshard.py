@@ -18,6 +18,8 @@ EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 12}
 FAMILIES = {
     "dense": {},
     "bf16": {"train__precision": "bf16", "model__tie_embeddings": False},
+    "two_bytes": {"train__precision": "bf16", "train__adamw": {"moments": "bf16", "master": "remainder"},
+                  "model__num_layers": 2, "model__moe": EXPERTS},
     "moe": {"model__num_layers": 2, "model__moe": EXPERTS | {
         "shared_ffn_hidden_size": 12, "num_dense_layers": 1, "router": "sigmoid", "expert_bias": True}},
     "muon": {"model__num_layers": 2, "model__moe": EXPERTS, "model__linear_bias": True, "train__optimizer": "muon"},
@@ -46,7 +48,7 @@ def of(pairs: dict, family: str, layouts: int) -> list[dict]:
 
 
 @pytest.mark.parametrize(("family", "layouts", "tolerance"), [
-    ("dense", 8, 1e-6), ("bf16", 7, 1e-3), ("moe", 8, 1e-6), ("muon", 5, 1e-6)])
+    ("dense", 8, 1e-6), ("bf16", 7, 1e-3), ("two_bytes", 4, 1e-3), ("moe", 8, 1e-6), ("muon", 5, 1e-6)])
 def test_every_layout_continues_from_every_other(pairs, family, layouts, tolerance):
     for pair in of(pairs, family, layouts):
         what = pair["source"], pair["target"]

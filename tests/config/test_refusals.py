@@ -31,6 +31,15 @@ REFUSALS = [
     ({"model": {"seq_length": 8192, "yarn": {"factor": 1.5, "original_seq_length": 4096}}},
      "model.yarn.factor: stretches the context to 6144 tokens, but model.seq_length is 8192. Raise factor, or lower "
      "model.seq_length"),
+    ({"model": {"llama3_rope": {}, "backend": "te"}},
+     "model.llama3_rope: is built into the engine's attention, but backend is te. Use backend engine"),
+    ({"model": {"seq_length": 4096, "llama3_rope": {"factor": 2.0, "original_seq_length": 1024}}},
+     "model.llama3_rope.factor: stretches the context to 2048 tokens, but model.seq_length is 4096. Raise factor, or "
+     "lower model.seq_length"),
+    ({"model": {"llama3_rope": {"low_freq_factor": 4}}},
+     "model.llama3_rope.low_freq_factor: 4.0 is not below high_freq_factor (4.0). Use 1 and 4"),
+    ({"model": {"llama3_rope": {}, "yarn": {}}},
+     "model.llama3_rope: stretches the context, but so does yarn. Set one of the two to null"),
     ({"model": {"yarn": {"beta_slow": 40}}}, "model.yarn.beta_slow: 40.0 is not below beta_fast (32.0). Use 1 and 32"),
     # experts
     ({"model": {"moe": {"num_experts": 4, "top_k": 5}}},
@@ -177,16 +186,22 @@ def test_contradictions(sections, message):
     assert re.sub(r" \(and \d+ more\)$", "", first) == message
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_fp8_needs_nothing_else(device):
+    cfg = Config(device=device, train={"fp8": True})
+    assert (cfg.train.fp8_recipe.scaling, cfg.train.fp8_recipe.granularity) == ("current", "tensorwise")
+
+
 def test_fp8_without_transformer_engine(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "transformer_engine" else found(name, *rest)
     )
     with pytest.raises(UserError) as caught:
-        Config(train={"fp8": True})
+        Config(model={"backend": "te"}, train={"fp8": True})
     assert str(caught.value) == (
-        "train.fp8: FP8 needs Transformer Engine, which is not installed. "
-        "Set it to false (--no-fp8), or pip install 'mainspring[te]' on a machine with a GPU"
+        "train.fp8: model.backend is te, but Transformer Engine is not installed. "
+        "Use model.backend engine, or pip install 'mainspring[te]' on a machine with a GPU"
     )
 
 
@@ -197,11 +212,7 @@ def test_fp8_with_transformer_engine(monkeypatch):
     )
     assert Config(model={"backend": "te"}, train={"fp8": True}).train.fp8
     for sections, message in [
-        (
-            {},
-            r"^train\.fp8: FP8 runs through Transformer Engine, but model\.backend is engine\. Set model\.backend to "
-            r"te, or --no-fp8$",
-        ),
+        ({"model": {"backend": "reference"}}, r"^train\.fp8: the reference backend multiplies in the parameters'"),
         (
             {"model": {"backend": "te", "ffn_hidden_size": 1000}},
             r"^model\.ffn_hidden_size: 1000 features on a rank "
@@ -210,8 +221,37 @@ def test_fp8_with_transformer_engine(monkeypatch):
     ]:
         with pytest.raises(UserError, match=message):
             Config(**sections, train={"fp8": True})
-    with pytest.raises(UserError, match=r"^train\.fp8: FP8 needs a CUDA GPU, but device is cpu"):
-        Config(device="cpu", train={"fp8": True})
+    with pytest.raises(UserError, match=r"^model\.backend: Transformer Engine needs a CUDA GPU, but device is cpu"):
+        Config(device="cpu", model={"backend": "te"}, train={"fp8": True})
+    with pytest.raises(UserError, match=r"^train\.fp8_recipe: is the engine's, but model\.backend is te"):
+        Config(model={"backend": "te"}, train={"fp8": True, "fp8_recipe": {"margin": 1}})
+
+
+@pytest.mark.parametrize(("sections", "message"), [
+    ({"train": {"fp8_recipe": {"scaling": "delayed", "granularity": "rowwise"}}},
+     "train.fp8_recipe.granularity: rows are other tokens in every step, but scaling is delayed. "
+     "Use granularity tensorwise, or scaling current"),
+    ({"train": {"fp8_recipe": {"first_layers_bf16": 2, "last_layers_bf16": 4}}},
+     "train.fp8_recipe.last_layers_bf16: with 2 first and 4 last layers in bf16, none of model.num_layers (6) is left "
+     "for FP8. Use fewer than 6 in all, or train.fp8 false (--no-fp8)"),
+    ({"model": {"ffn_hidden_size": 1040}, "parallel": {"tensor": 2}},
+     "model.ffn_hidden_size: 520 features on a rank are not a multiple of 16, as FP8 needs (train.fp8). "
+     "Use a multiple of 32, or --no-fp8"),
+    ({"model": {"head_dim": 8, "num_attention_heads": 3}},
+     "model.head_dim: 72 features on a rank are not a multiple of 16, as FP8 needs (train.fp8). "
+     "Use heads of more features, or --no-fp8"),
+    ({"model": {"hidden_size": 376, "num_attention_heads": 4, "head_dim": 64}},
+     "model.hidden_size: 376 features on a rank are not a multiple of 16, as FP8 needs (train.fp8). "
+     "Use a multiple of 16, or --no-fp8"),
+    ({"model": MOE | {"moe": {"shared_ffn_hidden_size": 40}}},
+     "model.moe.shared_ffn_hidden_size: 40 features on a rank are not a multiple of 16, as FP8 needs (train.fp8). "
+     "Use a multiple of 16, or --no-fp8"),
+])
+def test_fp8_of_the_engine(sections, message):
+    sections = sections | {"train": {"fp8": True} | sections.get("train", {})}
+    with pytest.raises(UserError) as caught:
+        Config.model_validate(sections)
+    assert str(caught.value) == message
 
 
 def test_several_problems_are_counted():

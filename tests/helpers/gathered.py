@@ -20,14 +20,24 @@ Piece = tuple[str, str, whole.Split, torch.Size, int, torch.Tensor]
 def _held(inner: Any) -> Iterator[tuple[Any, int, dict[str, torch.Tensor]]]:
     """(model parameter, first element of it that this rank holds, its state) in Megatron's own account."""
     if hasattr(inner, "model_param_gbuf_map"):  # the distributed optimizer
-        for p in inner.model_param_gbuf_map:
-            yield p, inner._get_model_param_range_map(p)["param"].start, inner._get_main_param_and_optimizer_states(p)
+        for p, (group, order) in inner.model_param_group_index_map.items():
+            main = inner.optimizer.param_groups[group]["params"][order]
+            yield p, inner._get_model_param_range_map(p)["param"].start, _state(inner, main)
         return
     models = inner.float16_groups + inner.fp32_from_fp32_groups if hasattr(inner, "float16_groups") else [
         group["params"] for group in inner.optimizer.param_groups]
-    for p in (p for group in models for p in group):
-        main = getattr(p, "main_param", p)
-        yield p, 0, {"param": main, **inner.optimizer.state.get(main, {})}
+    for p in (p for group in [*models, getattr(inner, "kept", [])] for p in group):
+        yield p, 0, _state(inner, getattr(p, "main_param", p))
+
+
+def _state(inner: Any, main: torch.Tensor) -> dict[str, torch.Tensor]:
+    """"param" is what is behind 16-bit weights: their fp32 copy, or they themselves with the bits that they lack."""
+    state = dict(inner.optimizer.state.get(main, {}))
+    low = state.pop("remainder", None)
+    if low is not None:
+        high = main.detach().view(torch.int16).int() * 2**16
+        return {"param": (high + low.int()).view(torch.float32), **state}
+    return {"param": main, **state} if main.dtype == torch.float32 else state
 
 
 def _buffers(bare: Any) -> dict[str, torch.Tensor]:

@@ -25,6 +25,34 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def _starve(run: tiny.Run) -> None:
+    """See ``SHAPES``."""
+    from engine.model import moe
+
+    for _, router in moe.routers(run.chunks):
+        if router.expert_bias is not None and router.config.moe_router_bias_update_rate == 0.0:
+            router.expert_bias[:2] = -100.0
+
+
+def one_step(cfg: Config, impl: str) -> dict[str, Any]:
+    """As ``three_steps`` of one step, with routers and dispatchers, and nothing else, running ``impl``."""
+    from engine.model import moe
+
+    run = tiny.start(cfg, masked=True)
+    _starve(run)
+    dispatchers: list[Any] = [layer.mlp.token_dispatcher for chunk in run.chunks
+                              for layer in moe.unwrap(chunk).decoder.layers if hasattr(layer.mlp, "token_dispatcher")]
+    for dispatcher, (_, router) in zip(dispatchers, moe.routers(run.chunks), strict=True):
+        dispatcher.impl = router.impl = impl
+    result = run.step()
+    assert [dispatcher.fused for dispatcher in dispatchers] == [impl == "triton"] * len(dispatchers)
+    stats = result.sums.router
+    assert stats is not None
+    return {"losses": [result.sums.loss], "tokens": [result.sums.tokens], "norms": [result.grad_norm],
+            "counts": stats.tokens_per_expert_le, "router": torch.stack([stats.aux_loss_l, stats.z_loss_l]),
+            "gradients": tiny.whole_weights(run, lambda p: p.main_grad), "weights": None}
+
+
 def three_steps(cfg: Config) -> dict[str, Any]:
     """Losses, norms and router statistics of each step; the first's gradients; weights and biases after the last.
 
@@ -33,9 +61,7 @@ def three_steps(cfg: Config) -> dict[str, Any]:
     from engine.model import moe
 
     run = tiny.start(cfg, masked=True)
-    for _, router in moe.routers(run.chunks):
-        if router.expert_bias is not None and router.config.moe_router_bias_update_rate == 0.0:
-            router.expert_bias[:2] = -100.0
+    _starve(run)
     results, gradients = [], None
     for _ in range(3):
         results.append(run.step())

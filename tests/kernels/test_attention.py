@@ -233,10 +233,11 @@ def test_torch_library_contract_and_compile():
     q, k, v, dout = inputs(1, 2, 1, 10, 8, torch.float32)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     sinks = torch.randn(2, requires_grad=True)
-    for options in ((None, 0.3, 10), (sinks, 0.3, 4)):
+    for options in ((None, None, 0.3, 10, 1), (sinks, None, 0.3, 4, 1)):
         torch.library.opcheck(torch.ops.engine_kernels.causal_attention_fwd.default, (*leaves, *options))
-    out, lse = torch.ops.engine_kernels.causal_attention_fwd(q, k, v, None, 0.3, 10)
-    torch.library.opcheck(torch.ops.engine_kernels.causal_attention_bwd.default, (dout, q, k, v, out, lse, 0.3, 10))
+    out, lse = torch.ops.engine_kernels.causal_attention_fwd(q, k, v, None, None, 0.3, 10, 1)
+    torch.library.opcheck(torch.ops.engine_kernels.causal_attention_bwd.default,
+                          (dout, q, k, v, out, lse, None, 0.3, 10, 1))
     compiled = torch.compile(kernel, backend="aot_eager", fullgraph=True)
     assert all(map(torch.equal, results(compiled, q, k, v, dout), results(kernel, q, k, v, dout)))
 

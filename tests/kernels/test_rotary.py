@@ -1,129 +1,262 @@
-"""split_qkv_rotary against float64, and its formula against Transformers' and Megatron's."""
+"""Rotary embedding of queries and keys against float64 and complex numbers, and what autograd makes of it in place."""
 
 from __future__ import annotations
 
 import importlib
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_kernels.rotary import rotary_reference, split_qkv_rotary, split_qkv_rotary_reference
+from engine_kernels.rotary import rotary, rotary_, rotary_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+POSITIONS = [[0, 1, 2, 0, 1, 0, 1], [0, 0, 1, 2, 3, 4, 5]]  # two rows of packed documents
 
 
-def angles(*rows_and_pairs):
-    theta = torch.rand(rows_and_pairs) * 1000
+def angles(*rows_and_pairs, dtype=torch.float32):
+    theta = torch.rand(rows_and_pairs, device=GPU, dtype=dtype) * 1000
     return theta.cos(), theta.sin()
 
 
-def pair(cos, sin, g, m, d):
-    """The kernel and the reference as functions of the projection alone."""
-    layout = {"num_groups": g, "queries_per_group": m, "head_dim": d}
-    return (lambda x: split_qkv_rotary(x, cos, sin, **layout, impl="cpu"),
-            lambda x: split_qkv_rotary_reference(x, cos, sin, **layout))
+def by_hand(x_bshd, theta_bsr, interleaved):
+    """Each pair as a complex number times e^(i theta), in float64."""
+    x, r = x_bshd.double(), theta_bsr.shape[-1]
+    pairs = x[..., : 2 * r].unflatten(-1, (r, 2) if interleaved else (2, r))
+    real, imaginary = pairs.unbind(-1 if interleaved else -2)
+    turned = torch.complex(real, imaginary) * torch.exp(1j * theta_bsr.double())[:, :, None]
+    parts = torch.stack((turned.real, turned.imag), -1 if interleaved else -2).flatten(-2)
+    return torch.cat((parts, x[..., 2 * r :]), -1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("s", "b", "g", "m", "d", "r"), [
-    (16, 2, 2, 2, 64, 32), (5, 3, 1, 4, 10, 5), (7, 1, 3, 1, 24, 4), (1, 1, 1, 1, 2, 1), (3, 2, 2, 1, 8, 0),
-    (0, 2, 1, 1, 8, 4), (4, 0, 1, 1, 8, 4), (33, 2, 1, 3, 17, 8),
-])
-def test_values_and_gradients(compare, threads, dtype, s, b, g, m, d, r):
-    compare(*pair(*angles(s, r), g, m, d), torch.randn(s, b, g * (m + 2) * d, dtype=dtype))
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rows", ["s", "sb", "positions"])
+def test_equals_complex_numbers(impl, interleaved, rows):
+    b, s, r = 2, 7, 6
+    at = {"s": torch.arange(s).expand(b, s), "sb": torch.randint(0, 50, (b, s)), "positions": torch.tensor(POSITIONS)}
+    theta = torch.outer(torch.arange(50.0), 10 ** -torch.linspace(0, 2, r)).double()
+    at_bs, table = at[rows], (theta.cos().float().to(GPU), theta.sin().float().to(GPU))
+    cos, sin = {"s": [t[:s] for t in table], "sb": [t[at_bs.t()] for t in table], "positions": table}[rows]
+    q, k = torch.randn(b, s, 4, 16, device=GPU), torch.randn(b, s, 2, 16, device=GPU)
+    options = {"positions": at_bs.to(GPU)} if rows == "positions" else {}
+    for ours, x in zip(rotary(q, k, cos, sin, interleaved=interleaved, impl=impl, **options), (q, k), strict=True):
+        torch.testing.assert_close(ours.cpu().double(), by_hand(x.cpu(), theta[at_bs], interleaved), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set(compare, instruction_set, dtype):
-    compare(*pair(*angles(9, 20), 2, 3, 50), torch.randn(9, 2, 500, dtype=dtype))
+SHAPES = [(2, 16, 4, 2, 64, 32), (3, 5, 4, 1, 10, 5), (1, 7, 3, 3, 24, 4), (1, 1, 1, 1, 2, 1), (2, 3, 2, 2, 8, 0),
+          (2, 0, 1, 1, 8, 4), (0, 4, 1, 1, 8, 4), (2, 33, 3, 1, 17, 8), (1, 2, 2, 1, 300, 100), (1, 3, 5, 2, 128, 64)]
 
 
-@settings(max_examples=25, deadline=None)
-@given(s=st.integers(1, 12), b=st.integers(1, 3), g=st.integers(1, 3), m=st.integers(1, 3), d=st.integers(1, 40),
-       data=st.data())
-def test_any_shape(s, b, g, m, d, data):
-    cos, sin = angles(s, data.draw(st.integers(0, d // 2)))
-    x = torch.randn(s, b, g * (m + 2) * d)
-    kernel, reference = pair(cos, sin, g, m, d)
-    for ours, exact in zip(kernel(x), reference(x.double()), strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
-        assert ours.is_contiguous()
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("b", "s", "h", "g", "d", "r"), SHAPES)
+def test_values_and_gradients(compare, dtype, interleaved, b, s, h, g, d, r):
+    cos, sin = angles(s, r)
+    q, k = (torch.randn(b, s, heads, d, dtype=dtype, device=GPU) for heads in (h, g))
+
+    def in_place(q, k):
+        return rotary_(q * 1, k * 1, cos, sin, interleaved=interleaved, impl="triton")
+
+    def plain(q, k):
+        return tuple(rotary_reference(x, cos[:, None], sin[:, None], interleaved=interleaved) for x in (q, k))
+
+    compare(lambda q, k: rotary(q, k, cos, sin, interleaved=interleaved, impl="triton"), plain, q, k)
+    compare(in_place, plain, q, k)
 
 
-def test_positions_of_their_own_for_each_sequence(compare):
-    compare(*pair(*angles(6, 3, 8), 2, 2, 16), torch.randn(6, 3, 2 * 4 * 16))
+@settings(max_examples=15, deadline=None)
+@given(s=st.integers(1, 12), b=st.integers(1, 3), h=st.integers(1, 5), g=st.integers(1, 3), d=st.integers(1, 40),
+       interleaved=st.booleans(), scale=st.sampled_from([1e-30, 1.0, 1e30]), data=st.data())
+def test_any_shape(s, b, h, g, d, interleaved, scale, data):
+    r = data.draw(st.integers(0, d // 2))
+    places = torch.randint(0, 9, (b, s), device=GPU)
+    cos, sin = angles(9, r)
+    q, k = (torch.randn(b, s, heads, d, device=GPU) * scale for heads in (h, g))
+    exact = rotary(q.double(), k.double(), cos, sin, positions=places, interleaved=interleaved, impl="torch")
+    ours = rotary(q, k, cos, sin, positions=places, interleaved=interleaved, impl="triton")
+    rotary_(q, k, cos, sin, positions=places, interleaved=interleaved, impl="triton")
+    for new, turned, expected in zip(ours, (q, k), exact, strict=True):
+        torch.testing.assert_close(new.double(), expected, rtol=1e-6, atol=1e-6 * scale)
+        assert torch.equal(new, turned)
 
 
-def test_strided_projection_and_gradients(compare):
-    kernel, reference = pair(*angles(6, 8), 2, 2, 16)
-    for view in (lambda x: x.transpose(0, 1)[:, :, :128], lambda x: x.transpose(0, 1)[:, :, ::2]):
-        def strided(function, x, v=view):  # contiguous outputs, but gradients that arrive transposed
-            return tuple(t.permute(3, 2, 1, 0) for t in function(v(x)))
-        compare(partial(strided, kernel), partial(strided, reference), torch.randn(4, 6, 256))
+VIEWS = {
+    "[s, b, h, d] in memory": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "[b, h, s, d] in memory": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "columns of a wider tensor": lambda x: torch.cat((x, x, x), -1)[..., x.shape[-1] : 2 * x.shape[-1]],
+    "every second head": lambda x: torch.repeat_interleave(x, 2, 2)[:, :, ::2],
+}
 
 
-def test_angles_as_the_front_half_of_a_repeated_table(compare):
-    cos, sin = angles(6, 8)
-    table = torch.cat((cos, cos), -1)
-    x = torch.randn(6, 2, 4 * 16)
-    ours = pair(table[:, :8], sin, 1, 2, 16)[0](x)
-    assert all(map(torch.equal, ours, pair(cos, sin, 1, 2, 16)[0](x)))
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("view", VIEWS)
+def test_in_place_in_any_strides_leaves_the_rest_alone(view, interleaved):
+    cos, sin = angles(7, 5)
+    x_q, x_k = torch.randn(2, 7, 4, 12, device=GPU), torch.randn(2, 7, 2, 12, device=GPU)
+    q, k = VIEWS[view](x_q), VIEWS[view](x_k)
+    around = [(x, x._base if x._base is not None else x) for x in (q, k)]
+    before = [base.clone() for _, base in around]
+    expected = rotary(x_q, x_k, cos, sin, interleaved=interleaved, impl="torch")
+    turned = rotary_(q, k, cos, sin, interleaved=interleaved, impl="triton")
+    assert turned[0] is q
+    assert turned[1] is k
+    for (x, base), old, y in zip(around, before, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+        assert torch.equal(x[..., 10:], y[..., 10:])
+        x.copy_(torch.as_strided(old, x.shape, x.stride(), x.storage_offset()))  # all else is as it was
+        assert torch.equal(base, old)
 
 
-def test_reference_equals_transformers():
-    llama = importlib.import_module("transformers.models.llama.modeling_llama")
-    cos, sin = angles(12, 16)
-    q, k = torch.randn(2, 4, 12, 32), torch.randn(2, 2, 12, 32)
-    table = [torch.cat((t, t), -1)[None] for t in (cos, sin)]
-    for x, expected in zip((q, k), llama.apply_rotary_pos_emb(q, k, *table), strict=True):
-        torch.testing.assert_close(rotary_reference(x, cos, sin), expected, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("view", VIEWS)
+def test_new_tensors_from_any_strides_and_gradients_in_any_order(compare, view):
+    cos, sin = angles(5, 3, 4)
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 1, 3)):
+        def ours(q, k, order=order):
+            return tuple(x.permute(order) for x in rotary(VIEWS[view](q), VIEWS[view](k), cos, sin, impl="triton"))
+
+        def plain(q, k, order=order):
+            turn = [t.transpose(0, 1)[:, :, None] for t in (cos, sin)]
+            return tuple(rotary_reference(x, *turn).permute(order) for x in (q, k))
+
+        compare(ours, plain, torch.randn(3, 5, 4, 10, device=GPU), torch.randn(3, 5, 2, 10, device=GPU))
 
 
-@pytest.mark.parametrize("rotary_dim", [32, 16])
-@pytest.mark.filterwarnings("ignore")
-def test_kernel_equals_megatron(rotary_dim):
-    megatron = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
-    s, b, g, m, d = 12, 2, 2, 3, 32
-    theta = torch.rand(s, rotary_dim // 2) * 100
-    freqs = torch.cat((theta, theta), -1)[:, None, None]
-    mixed = torch.randn(s, b, g * (m + 2) * d)
-    heads = mixed.view(s, b, g, m + 2, d)
-    config = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False)
-    rope = partial(megatron.apply_rotary_pos_emb, freqs=freqs, config=config, cp_group=object())
-    q = rope(heads[:, :, :, :m].reshape(s, b, g * m, d)).permute(1, 2, 0, 3)
-    k = rope(heads[:, :, :, m]).permute(1, 2, 0, 3)
-    v = heads[:, :, :, m + 1].permute(1, 2, 0, 3)
-    ours = pair(theta.cos(), theta.sin(), g, m, d)[0](mixed)
-    for mine, expected in zip(ours, (q, k, v), strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_nan_stays_in_its_pair():
-    x = torch.randn(2, 1, 3 * 8)
-    x[1, 0, 1] = float("nan")
-    q, k, v = pair(*angles(2, 4), 1, 1, 8)[0](x)
-    assert q.isnan().nonzero().tolist() == [[0, 0, 1, 1], [0, 0, 1, 5]]
-    assert not k.isnan().any()
-    assert not v.isnan().any()
-
-
-def test_torch_library_contract():
+def test_a_last_dimension_with_gaps(device):
     cos, sin = angles(5, 4)
-    mixed = torch.randn(5, 2, 2 * 4 * 8, requires_grad=True)
-    torch.library.opcheck(torch.ops.engine_kernels.split_qkv_rotary_fwd.default, (mixed, cos, sin, 2, 2, 8))
-    grads = (torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8))
-    torch.library.opcheck(torch.ops.engine_kernels.split_qkv_rotary_bwd.default, (*grads, cos, sin))
+    q, k = torch.randn(2, 5, 3, 16, device=device)[..., ::2], torch.randn(2, 5, 8, 1, device=device).transpose(2, 3)
+    for ours, x in zip(rotary(q, k, cos, sin, impl="triton"), (q, k), strict=True):
+        torch.testing.assert_close(ours, rotary_reference(x, cos[:, None], sin[:, None]), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="q_bshd's last dimension has stride 2, needs 1; use rotary"):
+        rotary_(q, k, cos, sin, impl="triton")
 
 
-def test_shapes_that_do_not_fit_are_named():
-    mixed = torch.randn(5, 2, 64)
-    layout = {"num_groups": 2, "queries_per_group": 2, "head_dim": 8}
-    with pytest.raises(ValueError, match=r"65 columns, 2 groups of 2 \+ 2 heads of 8 need 64"):
-        split_qkv_rotary(torch.randn(5, 2, 65), *angles(5, 4), **layout)
-    for cos, sin in (angles(4, 4), angles(5, 5), (torch.ones(5, 4), torch.ones(5, 3)), angles(2, 5, 4)):
-        with pytest.raises(ValueError, match=r"must be \[5, r\]"):
-            split_qkv_rotary(mixed, cos, sin, **layout)
+def test_order_in_memory_is_kept(device):
+    cos, sin = angles(5, 4)
+    q, k = torch.randn(2, 5, 3, 8, device=device), torch.randn(5, 2, 1, 8, device=device).transpose(0, 1)
+    new_q, new_k = rotary(q, k, cos, sin, impl="triton")
+    assert new_q.is_contiguous()
+    assert new_k.transpose(0, 1).is_contiguous()
+
+
+def test_equals_transformers(device):
+    llama = importlib.import_module("transformers.models.llama.modeling_llama")
+    cohere = importlib.import_module("transformers.models.cohere.modeling_cohere")
+    cos, sin = angles(12, 16)
+    q, k = torch.randn(2, 12, 4, 32, device=device), torch.randn(2, 12, 2, 32, device=device)
+    for module, interleaved in ((llama, False), (cohere, True)):
+        table = [(t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1))[None] for t in (cos, sin)]
+        expected = module.apply_rotary_pos_emb(q, k, *table, unsqueeze_dim=2)
+        for ours, theirs in zip(rotary(q, k, cos, sin, interleaved=interleaved, impl="triton"), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_gradient_that_others_hold_is_left_alone(device, impl):
+    """dq arrives as the caller's own tensor, and as the one that the sum hands to its other branch."""
+    cos, sin = angles(5, 4)
+    q, k = (torch.randn(2, 5, heads, 8, device=device, requires_grad=True) for heads in (3, 1))
+    given, other = torch.randn(2, 5, 3, 8, device=device), torch.randn(2, 5, 3, 8, device=device, requires_grad=True)
+    kept = given.clone()
+    for op in (rotary, rotary_):
+        turned, _ = op(q * 1, k * 1, cos, sin, impl=impl)
+        dq, dother = torch.autograd.grad(turned + other, (q, other), given)
+        assert torch.equal(given, kept)
+        assert torch.equal(dother, kept)
+        torch.testing.assert_close(dq, rotary_reference(kept, cos[:, None], -sin[:, None]), rtol=1e-6, atol=1e-6)
+
+
+def test_autograd_knows_the_new_value_in_place(device):
+    """A use afterwards sees the turned queries, and a node that saved the old ones refuses."""
+    cos, sin = angles(5, 4)
+    q, k = (torch.randn(2, 5, heads, 8, device=device, requires_grad=True) for heads in (3, 1))
+    mine = q * 2
+    rotary_(mine, k * 1, cos, sin, impl="triton")
+    (mine * 3).sum().backward()  # by the old name
+    expected = rotary_reference(torch.full_like(q, 6.0), cos[:, None], -sin[:, None])
+    torch.testing.assert_close(q.grad, expected, rtol=1e-6, atol=1e-6)
+    saved = q.exp()  # its backward needs what it returned
+    turned, _ = rotary_(saved, k * 1, cos, sin, impl="triton")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        turned.sum().backward()
+
+
+def test_in_place_where_autograd_cannot_follow_is_refused(device):
+    cos, sin = angles(5, 4)
+    leaf = torch.randn(2, 5, 3, 8, device=device, requires_grad=True)
+    result, k = leaf * 1, torch.randn(2, 5, 1, 8, device=device)
+    with pytest.raises(ValueError, match=r"rotary_: q_bshd is a leaf that needs a gradient, .*; use rotary"):
+        rotary_(leaf, k, cos, sin, impl="triton")
+    with pytest.raises(ValueError, match=r"rotary_: q_bshd is a view of another tensor, .*; use rotary"):
+        rotary_(result[:, :, :2], k, cos, sin, impl="triton")
+    with pytest.raises(ValueError, match="rotary_: k_bsgd is a view"):
+        rotary_(result, k[:, :, :1], cos, sin, impl="triton")
+    with torch.no_grad():
+        rotary_(leaf[:, :, :2], k, cos, sin, impl="triton")
+    with torch.inference_mode():
+        rotary_(torch.randn(2, 5, 3, 8, device=device), torch.randn(2, 5, 1, 8, device=device), cos, sin, impl="triton")
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gradients_by_differences(device, interleaved):
+    cos, sin = angles(2, 1, dtype=torch.float64)
+    q, k = (torch.randn(1, 2, heads, 3, dtype=torch.float64, device=device, requires_grad=True) for heads in (2, 1))
+    for op in (rotary, rotary_):
+        assert torch.autograd.gradcheck(
+            lambda q, k, op=op: op(q * 1, k * 1, cos, sin, interleaved=interleaved, impl="triton"), (q, k))
+
+
+def test_nan_stays_in_its_pair(device):
+    q, k = torch.randn(1, 2, 1, 8, device=device), torch.randn(1, 2, 1, 8, device=device)
+    q[0, 1, 0, 1] = float("nan")
+    for interleaved, other in ((False, 5), (True, 0)):
+        turned, keys = rotary(q, k, *angles(2, 4), interleaved=interleaved, impl="triton")
+        assert sorted(turned.isnan().nonzero()[:, 3].tolist()) == sorted([1, other])
+        assert not keys.isnan().any()
+
+
+def test_torch_library_contract(device):
+    cos, sin = angles(9, 4)
+    places = torch.randint(0, 9, (2, 5), device=device)
+    q, k = (torch.randn(2, 5, heads, 8, device=device, requires_grad=True) for heads in (3, 1))
+    torch.library.opcheck(torch.ops.engine_kernels.rotary.default, (q, k, cos, sin, places, True, False))
+    torch.library.opcheck(torch.ops.engine_kernels.rotary.default, (q, k, cos[:5], sin[:5], None, False, True))
+    torch.library.opcheck(torch.ops.engine_kernels.rotary_.default,
+                          (q.detach(), k.detach(), cos[:5], sin[:5], None, False))
+
+
+@pytest.mark.parametrize("op", [rotary, rotary_])
+def test_torch_compile(device, op):
+    cos, sin = angles(5, 4)
+    q, k = (torch.randn(2, 5, heads, 8, device=device, requires_grad=True) for heads in (3, 1))
+
+    def loss(q, k):
+        mine, keys = q * 2, k * 2
+        new_q, new_k = op(mine, keys, cos, sin, impl="triton")
+        return (new_q * new_k + mine).square().sum()  # in place: `mine` is turned as well
+
+    expected = torch.autograd.grad(loss(q, k), (q, k))
+    ours = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(q, k), (q, k))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_refusals_name_the_argument(device):
+    cos, sin = angles(5, 4)
+    q, k = torch.randn(2, 5, 3, 8, device=device), torch.randn(2, 5, 1, 8, device=device)
+    with pytest.raises(ValueError, match=r"rotary: k_bsgd has shape \(2, 4, 1, 8\), needs \[2, 5, groups, 8\]"):
+        rotary(q, k[:, 1:], cos, sin)
+    for bad in (angles(4, 4), angles(5, 5), (cos, sin[:, 1:]), angles(2, 5, 4)):
+        with pytest.raises(ValueError, match=r"must be \[5, r\] or \[5, 2, r\] with 2 r <= 8"):
+            rotary(q, k, *bad)
+    for bad in (torch.zeros(5, 2, dtype=torch.int64), torch.zeros(2, 5)):
+        with pytest.raises(ValueError, match=r"positions are torch.\w+ \(\d, \d\), need integers \[2, 5\]"):
+            rotary_(q, k, cos, sin, positions=bad)
+    with pytest.raises(RuntimeError, match=r"k is torch\.bfloat16, but q is torch\.float32"):
+        rotary(q, k.bfloat16(), cos, sin, impl="triton")
+    with pytest.raises(RuntimeError, match="rotary_: impl=\"triton\" cannot run: sin is on meta"):
+        rotary_(q, k, cos, sin.to("meta"), impl="triton")
+    with pytest.raises(ValueError, match='rotary: impl must be one of "auto", "torch", "triton", not \'cpu\''):
+        rotary(q, k, cos, sin, impl="cpu")

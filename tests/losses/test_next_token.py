@@ -1,4 +1,4 @@
-"""The fused projection and cross-entropy against a float64 reference: values, accuracy, gradients, two ranks."""
+"""Loss and log-probabilities from hidden states against float64: values, accuracy, gradients, two ranks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from engine.losses import next_token
-from engine.losses.next_token import chunk_tokens, next_token_loss
+from engine.losses.log_probs import token_log_probs
+from engine.losses.next_token import next_token_loss
 
 H, ROWS = 24, 384  # hidden size; rows of the padded vocabulary
 MASKS = ("full", "uneven", "one", "none")
@@ -28,11 +28,12 @@ def inputs(n: int, mask: str, *, vocab: int, seed: int = 0, dtype: torch.dtype =
     return hidden_nh.to(dtype), weight_vh.to(dtype), labels_n, mask_n
 
 
-def reference(hidden_nh, weight_vh, labels_n, mask_n, vocab: int):
+def reference(hidden_nh, weight_vh, labels_n, mask_n, vocab: int, *, label_smoothing: float = 0.0, z_loss: float = 0.0):
     """-> loss sum, correct predictions, gradients of hidden states and of all rows, in float64."""
     hidden, weight = hidden_nh.double().requires_grad_(), weight_vh.double().requires_grad_()
     logits_nv = hidden @ weight[:vocab].t()
-    loss = (F.cross_entropy(logits_nv, labels_n, reduction="none") * mask_n).sum()
+    loss_n = F.cross_entropy(logits_nv, labels_n, reduction="none", label_smoothing=label_smoothing)
+    loss = ((loss_n + z_loss * logits_nv.logsumexp(-1).square()) * mask_n).sum()
     loss.backward()
     correct = ((logits_nv.argmax(-1) == labels_n) & (mask_n > 0)).sum()
     return loss.detach(), correct, hidden.grad, weight.grad
@@ -54,14 +55,14 @@ def assert_equals_reference(found, expected, *, tolerance: float = 2e-6, factor:
         assert (grad.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
+@pytest.mark.parametrize("terms", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}])
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 33])
-def test_equals_float64_at_chunk_boundaries(monkeypatch, n, mask, impl):
-    monkeypatch.setattr(next_token, "chunk_tokens", lambda rows, dtype: 8)
+def test_equals_float64_at_chunk_boundaries(n, mask, impl, terms):
     given = inputs(n, mask, vocab=300, seed=n)
-    expected = reference(*given, 300)
-    assert_equals_reference(fused(*given, 300, impl=impl), expected)
+    expected = reference(*given, 300, **terms)
+    assert_equals_reference(fused(*given, 300, impl=impl, chunk_tokens=8, **terms), expected)
     if mask == "full" and n > 8:
         assert expected[1] > 0, "no prediction is right: accuracy is not tested"
 
@@ -87,10 +88,9 @@ def test_masked_tokens_leave_exact_zeros():
 
 
 @pytest.mark.parametrize("chunk", [8, 64])
-def test_bf16_is_as_near_as_its_rounding(monkeypatch, chunk):
-    monkeypatch.setattr(next_token, "chunk_tokens", lambda rows, dtype: chunk)
+def test_bf16_is_as_near_as_its_rounding(chunk):
     given = inputs(50, "uneven", vocab=300, dtype=torch.bfloat16)
-    found = fused(*given, 300)
+    found = fused(*given, 300, chunk_tokens=chunk)
     loss, _, grad_h, grad_w = reference(*given, 300)  # of the same rounded inputs
     assert found[0].dtype == torch.float32
     assert found[0].item() == pytest.approx(loss.item(), rel=4e-3)
@@ -130,28 +130,60 @@ def test_without_gradients_only_the_loss_is_computed():
     assert correct == expected[1]
 
 
-@pytest.mark.parametrize(("rows", "dtype", "tokens"), [
-    (8192, torch.float32, 2048), (8192, torch.bfloat16, 4096), (50304, torch.bfloat16, 640),
-    (10**7, torch.float32, 128)])
-def test_chunks_hold_64_mib_of_logits(rows, dtype, tokens):
-    assert chunk_tokens(rows, dtype) == tokens
+def log_prob_reference(hidden_nh, weight_vh, labels_n, mask_n, vocab: int, temperature: float):
+    """-> log-probabilities, entropies, and gradients of their mask-weighted sum, in float64."""
+    hidden, weight = hidden_nh.double().requires_grad_(), weight_vh.double().requires_grad_()
+    logps_nv = (hidden @ weight[:vocab].t() / temperature).log_softmax(-1)
+    logps_n = logps_nv.gather(1, labels_n[:, None])[:, 0]
+    (logps_n * mask_n).sum().backward()
+    return logps_n.detach(), -(logps_nv.exp() * logps_nv).sum(-1).detach(), hidden.grad, weight.grad
+
+
+def assert_equals_log_prob_reference(found, expected, *, tolerance: float = 2e-6) -> None:
+    for ours, exact in zip(found, expected, strict=True):
+        assert (ours.double() - exact).norm() <= tolerance * max(exact.norm(), 1.0)
+
+
+def log_probs(hidden_nh, weight_vh, labels_n, mask_n, vocab: int, temperature: float, **options):
+    hidden, weight = hidden_nh.clone().requires_grad_(), weight_vh.clone().requires_grad_()
+    logps_n, entropy_n = token_log_probs(hidden, weight, labels_n, vocab_size=vocab, temperature=temperature,
+                                         entropy=True, **options)
+    (logps_n * mask_n).sum().backward()
+    return logps_n.detach(), entropy_n, hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "triton"])
+def test_log_probs_equal_float64(impl):
+    given = *inputs(21, "uneven", vocab=300), 300, 0.7
+    assert_equals_log_prob_reference(log_probs(*given, impl=impl, chunk_tokens=8), log_prob_reference(*given))
 
 
 def test_two_ranks_that_share_the_vocabulary_equal_one(tmp_path: Path):
+    plain, more = {}, {"label_smoothing": 0.1, "z_loss": 1e-3}
     cases = {}
-    for name, vocab, mask, dtype in (("padded", 300, "uneven", torch.float32), ("full", ROWS, "full", torch.float32),
-                                     ("second rank all padding", 150, "uneven", torch.float32),
-                                     ("nothing supervised", 300, "none", torch.float32),
-                                     ("bf16", 300, "uneven", torch.bfloat16)):
-        cases[name] = (*inputs(21, mask, vocab=vocab, seed=vocab, dtype=dtype), vocab)
+    for name, vocab, mask, dtype, terms in (
+            ("padded", 300, "uneven", torch.float32, plain), ("full", ROWS, "full", torch.float32, plain),
+            ("second rank all padding", 150, "uneven", torch.float32, plain),
+            ("nothing supervised", 300, "none", torch.float32, plain), ("bf16", 300, "uneven", torch.bfloat16, plain),
+            ("smoothing and z-loss", 300, "uneven", torch.float32, more),
+            ("the same with all padding", 150, "full", torch.float32, more)):
+        cases[name] = (*inputs(21, mask, vocab=vocab, seed=vocab, dtype=dtype), vocab), terms
     torch.save(cases, tmp_path / "cases.pt")
     for code, output in tiny.launch(Path(__file__).with_name("two_ranks.py"), 2, tmp_path, timeout=120):
         assert code == 0, output
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
-    for name, given in cases.items():
-        (loss0, correct0, hidden0, weight0), (loss1, correct1, hidden1, weight1) = ranks[0][name], ranks[1][name]
-        assert torch.equal(loss0, loss1), name
-        assert correct0 == correct1, name
-        tolerance = 1e-2 if name == "bf16" else 2e-6
-        found = loss0, correct0, hidden0.float() + hidden1.float(), torch.cat([weight0, weight1])
-        assert_equals_reference(found, reference(*given), tolerance=tolerance)
+    for name, (given, terms) in cases.items():
+        for key in [key for key in ranks[0]["loss"] if key[0] == name]:
+            tolerance = 1e-2 if name == "bf16" else 2e-6
+            (loss0, correct0, hidden0, weight0), (loss1, correct1, hidden1, weight1) = (r["loss"][key] for r in ranks)
+            assert torch.equal(loss0, loss1), key
+            assert correct0 == correct1, key
+            found = loss0, correct0, hidden0.float() + hidden1.float(), torch.cat([weight0, weight1])
+            assert_equals_reference(found, reference(*given, **terms), tolerance=tolerance)
+
+            (logps0, entropy0, hidden0, weight0), (logps1, entropy1, hidden1, weight1) = (
+                r["logps"][key] for r in ranks)
+            assert torch.equal(logps0, logps1), key
+            assert torch.equal(entropy0, entropy1), key
+            found = logps0, entropy0, hidden0.float() + hidden1.float(), torch.cat([weight0, weight1])
+            assert_equals_log_prob_reference(found, log_prob_reference(*given, temperature=0.8), tolerance=tolerance)

@@ -7,11 +7,12 @@ import pytest
 import tiny
 import torch
 
-from engine.config.model import YarnConfig
+from engine.config.model import Llama3RopeConfig, YarnConfig
 from engine.data.loader import Batch
 from engine.evaluation.generation import Sampling, generate
 from engine.model import build, forward, rotary, whole
 from engine.parallel import context, topology
+from engine_kernels import jit
 
 WINDOWED = {"model__window_size": 5, "model__full_attention_every": 2}
 SHAPES = {
@@ -19,6 +20,8 @@ SHAPES = {
     "some layers see all": WINDOWED,
     "sinks": {"model__attention_sinks": True},
     "yarn": {"model__yarn": {"factor": 4.0, "original_seq_length": 8}, "model__rotary_base": 100.0},
+    "llama 3": {"model__llama3_rope": {"factor": 4.0, "original_seq_length": 8}, "model__rotary_base": 100.0},
+    "norms of queries and keys": {"model__qk_norm": True, "model__activation": "quick_geglu"},
     "gpt-oss": WINDOWED | {"model__attention_sinks": True, "model__attention_bias": True, "model__head_dim": 16,
                            "model__yarn": {"factor": 32.0, "original_seq_length": 16}},
 }
@@ -66,6 +69,17 @@ def assert_close(found, expected, bound: float):
 def test_engine_equals_reference_backend(config, shape):
     found, expected = (loss_and_gradients(bare_model(config(model__backend=name, **SHAPES[shape])), [rows(tiny.SEQ)])
                        for name in ("engine", "reference"))
+    assert_close(found, expected, 3e-6)
+
+
+@pytest.mark.skipif(not jit.interpreted(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("shape", ["llama 3", "norms of queries and keys", "gpt-oss"])
+def test_triton_kernels_equal_reference_backend(config, shape, recompute):
+    """Keys turn inside the projection, whose view (with a bias or not) autograd then has to follow."""
+    kernels = {"model__kernels": "triton", "train__recompute": recompute}
+    found, expected = (loss_and_gradients(bare_model(config(**extra, **SHAPES[shape])), [rows(tiny.SEQ)])
+                       for extra in (kernels, {"model__backend": "reference"}))
     assert_close(found, expected, 3e-6)
 
 
@@ -151,6 +165,34 @@ def test_yarn_is_that_of_transformers(dim, base, factor, original, fast, slow):
     angles = torch.outer(torch.arange(3.0, 7.0), expected)
     torch.testing.assert_close(cos_sr, angles.cos() * magnitude, rtol=0, atol=2e-5)
     torch.testing.assert_close(sin_sr, angles.sin() * magnitude, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("dim", "base", "factor", "original", "low", "high"), [
+    (128, 500000.0, 8.0, 8192, 1.0, 4.0),  # Llama 3.1
+    (64, 500000.0, 32.0, 8192, 1.0, 4.0),  # Llama 3.2 1B
+    (16, 10000.0, 4.0, 64, 2.0, 3.0),
+    (8, 10000.0, 1.0, 16, 1.0, 4.0),
+])
+def test_llama3_scaling_is_that_of_transformers(dim, base, factor, original, low, high):
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    settings = transformers.LlamaConfig(head_dim=dim, rope_parameters={
+        "rope_type": "llama3", "rope_theta": base, "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+        "original_max_position_embeddings": original})
+    expected, magnitude = ROPE_INIT_FUNCTIONS["llama3"](settings, torch.device("cpu"))
+    turning = rotary.Rotary.of(dim, base, llama3=Llama3RopeConfig(
+        factor=factor, original_seq_length=original, low_freq_factor=low, high_freq_factor=high))
+    torch.testing.assert_close(turning.frequencies().float(), expected, rtol=2e-6, atol=0)
+    assert turning.magnitude == magnitude == 1.0
+    plain = rotary.Rotary.of(dim, base).frequencies()
+    assert factor == 1.0 or (plain > turning.frequencies()).any()
+
+
+def test_llama3_scaling_reaches_the_model(config):
+    assert bare_model(config()).config.rotary.llama3 is None
+    stretched = bare_model(config(**SHAPES["llama 3"])).config.rotary
+    assert stretched.llama3 == rotary.Llama3(4.0, 8, low_freq_factor=1.0, high_freq_factor=4.0)
 
 
 def test_gpt_oss_attention_is_that_of_transformers(config):

@@ -72,6 +72,26 @@ def test_loss_is_that_of_the_logits(config):
     assert out[1].item() == ((logits_bsv.argmax(-1) == labels_bs) & (mask_bs > 0)).sum().item()
 
 
+@pytest.mark.parametrize("backend", ["engine", "reference"])
+def test_smoothing_and_z_loss_are_trained_on_and_not_evaluated(config, backend):
+    model = bare_model(config(train__label_smoothing=0.2, train__z_loss=1e-2, model__backend=backend))
+    tokens_bs, positions_bs, labels_bs, mask_bs = batch()
+    logits_bvs = logits(model)[..., : tiny.VOCAB].double().transpose(1, 2)
+    z_bs = 1e-2 * logits_bvs.logsumexp(1).square()
+    for training, smoothing in ((True, 0.2), (False, 0.0)):
+        model.train(training)
+        out = model(tokens_bs, positions_bs, None, labels=labels_bs, loss_mask=mask_bs)
+        losses_bs = torch.nn.functional.cross_entropy(logits_bvs, labels_bs, reduction="none",
+                                                      label_smoothing=smoothing)
+        assert out[0].item() == pytest.approx(((losses_bs + training * z_bs) * mask_bs).sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("field", "value"), [("label_smoothing", 1.0), ("label_smoothing", -0.1), ("z_loss", -1e-4)])
+def test_terms_that_make_no_sense_are_refused(config, field, value):
+    with pytest.raises(UserError, match=f"train.{field}"):
+        config(**{f"train__{field}": value})
+
+
 @pytest.mark.parametrize(("family", "changes"), [
     ("Llama", {}),
     ("Llama", {"model__tie_embeddings": False, "model__num_query_groups": 4, "model__rotary_base": 500000.0,

@@ -59,7 +59,7 @@ def assert_alike(small: Config, cfg: Config) -> None:
     assert parameter_count(a) < 1_000_000
     assert a.num_layers <= 16
     for field in ("tie_embeddings", "qk_norm", "attention_bias", "linear_bias", "attention_sinks", "activation",
-                  "rotary_base", "rotary_percent", "norm_eps", "yarn"):
+                  "rotary_base", "rotary_percent", "norm_eps", "yarn", "llama3_rope"):
         assert getattr(a, field) == getattr(b, field), field
     tensor, groups = cfg.parallel.tensor, b.num_query_groups or 0
     assert (a.num_attention_heads == a.num_query_groups) == (b.num_attention_heads == groups)
