@@ -1,6 +1,7 @@
 """Tokens to their experts' rows and back: t tokens, e experts, k of each token, h hidden (d bytes an element).
 
 sort_mask       reads the mask (t e bytes) and writes two tables of t k int64
+chunks          writes an int64 place a row, from the sizes of 8 senders' chunks for each of their experts
 permute         reads t h and writes t k h elements, with their fp32 weights and int64 places; backward reads t k h
                 gradients and writes t h
 unpermute       reads t k h and writes t h; backward reads t h and writes t k h, and reads t k h again where weights are
@@ -21,7 +22,13 @@ from torch import Tensor
 
 from benchmarks.cases import Case, optional
 from engine_kernels.moe_permute import permute, permute_reference, unpermute, unpermute_reference
-from engine_kernels.moe_sort import sort_by_expert_reference, sort_mask, sort_mask_reference
+from engine_kernels.moe_sort import (
+    sort_by_expert_reference,
+    sort_mask,
+    sort_mask_reference,
+    transpose_chunks,
+    transpose_chunks_reference,
+)
 
 # Mixtral 8x7B, Qwen3 30B, GPT-OSS 20B.
 MODELS = {"full": [(16384, 8, 2, 4096), (16384, 128, 8, 2048), (16384, 32, 4, 2880)],
@@ -62,6 +69,17 @@ def _te(k: int):
         x_th, probs_te, mask_te, num_out_tokens=x_th.shape[0] * k)[:2]}
 
 
+def _chunks(t: int, e: int, k: int) -> Case:
+    """Equal chunks: of how many rows each is does not matter to the kernel."""
+    each = -(-t * k // (8 * e))
+    rows = 8 * e * each
+    return Case("transpose_chunks", f"{rows} rows of 8 senders, {e} experts",
+                lambda new: (new.integers(each, each + 1, 8, e),),
+                {"ours": lambda sizes_sl: transpose_chunks(sizes_sl, rows, impl="triton"),
+                 "eager": lambda sizes_sl: transpose_chunks_reference(sizes_sl, rows)},
+                forward_bytes=8 * (rows + 8 * e), forward_flops=rows)
+
+
 def _cases_of(t: int, e: int, k: int, h: int) -> list[Case]:
     size, d = f"{t} tokens {e}/{k} of {h} bfloat16", 2
     token, rows, places, weights = d * t * h, d * t * k * h, 8 * t * k, 4 * t * k
@@ -79,6 +97,7 @@ def _cases_of(t: int, e: int, k: int, h: int) -> list[Case]:
         Case("sort_mask", f"{t} tokens {e}/{k}", lambda new: (_mask(new, t, e, k),),
              {"ours": partial(sort_mask, top_k=k, impl="triton"), "eager": partial(sort_mask_reference, top_k=k)},
              forward_bytes=t * e + 2 * places, forward_flops=t * e),
+        _chunks(t, e, k),
         Case("permute", size, lambda new: (x(new), _places(new, t, e, k), w(new)),
              {"ours": partial(_carry, partial(permute, impl="triton"), t * k),
               "eager": partial(_carry, permute_reference, t * k)},

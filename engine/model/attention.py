@@ -149,8 +149,10 @@ class SelfAttention(MegatronSelfAttention):
         cos, sin = (rotary.table(config.rotary, start, length, device) if rows is None
                     else rotary.shared_table(config.rotary, rows, device))
         if plain:
+            # In place, the backward pass would keep the unturned queries beside the turned ones: keys and values are
+            # views of them all.
             return split_qkv_rotary(mixed, cos, sin, num_groups=groups, queries_per_group=heads // groups,
-                                    head_dim=d, in_place=True, impl=config.kernel_impl)
+                                    head_dim=d, in_place=not self.training, impl=config.kernel_impl)
         q_bshd, k_bsgd = turn_queries_and_keys(
             q_sbhd.transpose(0, 1), k_sbgd.transpose(0, 1), cos, sin,
             impl="auto" if config.kernel_impl == "cpu" else config.kernel_impl)  # there is no C++ kernel

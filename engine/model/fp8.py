@@ -78,18 +78,14 @@ def _all_tokens(q_km: torch.Tensor, n: int, group: Any) -> torch.Tensor:
 
 def _weight_gradient(weight: Any, product: Callable[..., torch.Tensor]) -> torch.Tensor | None:
     """``engine.model.layers.weight_gradient`` of a product that comes out in fp32, before it is added."""
-    own, overlapped = (getattr(weight, name, False) for name in ("sums_own_gradient", "sums_before_hook"))
-    if not (own or overlapped) or weight._backward_hooks:
+    if not layers.sums_itself(weight):
         return product(out_dtype=weight.dtype)
     grad_mk = product(out_dtype=weight.main_grad.dtype)
     if weight.grad_added_to_main_grad:
         weight.main_grad.add_(grad_mk)
     else:
         weight.main_grad.copy_(grad_mk)
-        weight.grad_added_to_main_grad = True
-    if own:
-        return None
-    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+    return layers.summed(weight)
 
 
 class _Linear(torch.autograd.Function):

@@ -42,13 +42,13 @@ class Fp8Tensor(torch.Tensor):
         return f"Fp8Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, scale={self.scale.item():g})"
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # pyright: ignore[reportAssignmentType]
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.detach.default:  # what saving for a backward pass does
             return cls(args[0].q_nk, args[0].scale, args[0].shape, args[0].dtype)
         plain_args, plain_kwargs = pytree.tree_map_only(cls, cls.dequantised, (args, kwargs or {}))
         return func(*plain_args, **plain_kwargs)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
 
 def _options(scaling: LayerScaling) -> dict[str, Any]:

@@ -74,22 +74,32 @@ def residual_add(training: bool, fused: bool):
     return add
 
 
-def weight_gradient(weight: Any, grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-    """What a backward pass returns for ``weight`` [m, k]: grad_y [..., m]ᵀ x [..., k], unless that is summed already.
+def sums_itself(weight: Any) -> bool:
+    """Whether a backward pass adds the weight's gradient to ``main_grad``, as Megatron's hook would: where DDP wrapped
+    the weight, and nobody hung a hook of his own on it, who gets the gradient as ever."""
+    marked = getattr(weight, "sums_own_gradient", False) or getattr(weight, "sums_before_hook", False)
+    return marked and not weight._backward_hooks
 
-    Where DDP wrapped the weight, the product adds to ``main_grad``, as Megatron's hook would. The hook then has nothing
-    to add. Where it starts the reduction (overlapped), it must be handed a tensor all the same, which it throws away
-    (Megatron's protocol). A hook that somebody hung on the weight gets its gradient, as ever.
+
+def summed(weight: Any) -> torch.Tensor | None:
+    """What that backward pass returns once it has added: Megatron's hook then has nothing to add.
+
+    Where the hook starts the reduction (overlapped), it must be handed a tensor all the same, which it throws away
+    (Megatron's protocol).
     """
-    own, overlapped = (getattr(weight, name, False) for name in ("sums_own_gradient", "sums_before_hook"))
-    if not (own or overlapped) or weight._backward_hooks:
+    weight.grad_added_to_main_grad = True  # until DDP's zero_grad_buffer
+    if getattr(weight, "sums_own_gradient", False):
+        return None
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+def weight_gradient(weight: Any, grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """What a backward pass returns for ``weight`` [m, k]: grad_y [..., m]ᵀ x [..., k], or what ``summed`` says."""
+    if not sums_itself(weight):
         return matmul_tn(grad_y, x)
     # Zero before a step's first micro-batch, which overwrites it: the zeros need not be read.
     add_matmul_tn_(weight.main_grad, grad_y, x, first=not weight.grad_added_to_main_grad)
-    weight.grad_added_to_main_grad = True  # until DDP's zero_grad_buffer
-    if own:
-        return None
-    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+    return summed(weight)
 
 
 class _ParallelLinear(torch.autograd.Function):

@@ -83,6 +83,41 @@ def _backward_kernel(
     tl.store(partial_ptr + tl.program_id(0) * d + column, tl.sum(sums, 0), mask=column < d)
 
 
+@triton.jit
+def _wide_backward_kernel(
+    dy_ptr, dtotal_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, n, d, dy_stride, dtotal_stride, x_stride,
+    offset, ADD: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """The same for rows that do not fit the registers: twice over a row, the second time from the cache, where the
+    program's sums are as well."""
+    for first in range(tl.program_id(0), n, tl.num_programs(0)):
+        row = first + tl.zeros((), dtype=tl.int64)
+        rstd = tl.load(rstd_ptr + row)
+        dots = tl.zeros((COLUMNS,), dtype=WIDE)
+        for start in range(0, d, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            inside = column < d
+            weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(WIDE) + offset
+            dy = tl.load(dy_ptr + row * dy_stride + column, mask=inside, other=0.0).to(WIDE)
+            dots += dy * weight * tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(WIDE)
+        mean = tl.sum(dots, 0) * rstd / d
+        for start in range(0, d, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            inside = column < d
+            weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(WIDE) + offset
+            dy = tl.load(dy_ptr + row * dy_stride + column, mask=inside, other=0.0).to(WIDE)
+            xhat = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(WIDE) * rstd
+            dx = (dy * weight - xhat * mean) * rstd
+            if ADD:
+                dx += tl.load(dtotal_ptr + row * dtotal_stride + column, mask=inside, other=0.0).to(WIDE)
+            tl.store(dx_ptr + row * d + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            place = partial_ptr + tl.program_id(0) * d + column
+            tl.store(place, tl.load(place, mask=inside, other=0.0) + dy * xhat, mask=inside)
+
+
+_WIDEST = 8192  # columns of a row that backward holds in registers, beside as many sums
+
+
 def _blocks(d: int, backward: bool = False) -> dict[str, int]:
     """Rows and columns of a block of at least 2048 elements, and the warps for 16 elements a thread.
 
@@ -108,12 +143,15 @@ def _triton_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tenso
                      offset: float) -> Tensor:
     """-> the programs' sums of dweight, [p, d]."""
     x_nd, dy_nd, weight_d = dispatch.as_rows(x), dispatch.as_rows(dy), weight.contiguous()
-    blocks = _blocks(x.shape[-1], backward=True)
     dtotal_nd = dy_nd if dtotal is None else dispatch.as_rows(dtotal)
     n, d = x_nd.shape
-    programs = min(jit.cdiv(n, blocks["ROWS"]), jit.multiprocessors(x) * max(1, 32 // blocks["num_warps"]))
-    partial_pd = torch.empty(programs, d, dtype=rstd_n.dtype, device=x.device)
-    launch(_backward_kernel, (programs,), dy_nd, dtotal_nd, x_nd, weight_d, rstd_n, dx, partial_pd,
+    if d <= _WIDEST:
+        kernel, make, blocks = _backward_kernel, torch.empty, _blocks(d, backward=True)
+    else:
+        kernel, make, blocks = _wide_backward_kernel, torch.zeros, {"COLUMNS": 4096, "num_warps": 16}
+    programs = min(jit.cdiv(n, blocks.get("ROWS", 1)), jit.multiprocessors(x) * max(1, 32 // blocks["num_warps"]))
+    partial_pd = make(programs, d, dtype=rstd_n.dtype, device=x.device)
+    launch(kernel, (programs,), dy_nd, dtotal_nd, x_nd, weight_d, rstd_n, dx, partial_pd,
            n, d, dy_nd.stride(0), dtotal_nd.stride(0), x_nd.stride(0), offset,
            ADD=dtotal is not None, WIDE=jit.wide(x), **blocks)
     return partial_pd

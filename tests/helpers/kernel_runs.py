@@ -6,7 +6,7 @@ import tiny
 
 from engine.config import Config
 
-STEPS = 8
+STEPS = 5
 
 
 def losses(cfg: Config) -> list[float]:

@@ -44,7 +44,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
         cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (folder / "out.json").exists(), done.stderr
     rows = json.loads((folder / "out.json").read_text())["suites"]["ahead"]
-    return Report(done.returncode, done.stderr, rows, (folder / "kernels.md").read_text())
+    errors = "\n".join(line for line in done.stderr.splitlines() if line.startswith("FAILED")) or done.stderr
+    return Report(done.returncode, errors, rows, (folder / "kernels.md").read_text())
 
 
 def test_every_kernel_compiles_for_every_target_without_spills(report):

@@ -113,7 +113,7 @@ def on(device, *tensors):
     return [t.to(device) for t in tensors]
 
 
-TRITON_SHAPES = [(3, 5, 64), (7, 33), (1, 1), (4, 1), (129,), (0, 16), (3, 0), (70, 64), (2, 4097)]
+TRITON_SHAPES = [(3, 5, 64), (7, 33), (1, 1), (4, 1), (129,), (0, 16), (3, 0), (70, 64), (2, 4097), (9, 8200)]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
@@ -127,7 +127,7 @@ def test_triton_values_and_gradients(compare, device, shape, dtype, zero_centere
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
-@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 33), (129,), (0, 16), (70, 64)])
+@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 33), (129,), (0, 16), (70, 64), (9, 8200)])
 def test_add_values_and_gradients(compare, shape, impl, dtype):
     """In bf16 what is normalised is the rounded sum, so the numbers are such that sums are exact."""
     x, residual = ((torch.randint(-64, 64, shape) / 16).to(dtype) for _ in range(2))

@@ -33,7 +33,7 @@ MODELS = {
 CASES = [("dense", layout) for layout in ("tp2", "tp2_sp", "pp2", "cp2")] + [("qk_norm", "tp2_sp")] + [
     (model, layout) for model in ("moe", "gpt_oss") for layout in ("ep2", "ep2_allgather", "cp2")]
 # Weights differ where Adam divides a gradient of nothing but rounding by its own size; this eps is above those.
-COMMON = {"train__eps": 1e-5}
+COMMON = {"train__eps": 1e-5, "train__micro_batch_size": 2}
 
 
 @pytest.fixture(scope="module")
