@@ -62,7 +62,7 @@ def adamw_reference(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Te
 def _random(key, group, lane, step, use: tl.constexpr, GROUPED: tl.constexpr, N_ROUNDS: tl.constexpr):
     """16 random bits an element: half-word ``lane`` of the 128 bits of its group of eight."""
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
-    a, b, c, d = tl.philox(  # pyright: ignore[reportGeneralTypeIssues]
+    a, b, c, d = tl.philox(
         key, low, high, step.to(tl.uint32), tl.full((), use, tl.uint32), N_ROUNDS)
     if GROUPED:  # [n] groups -> [n, 8]
         words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (group.shape[0], 4))
@@ -90,10 +90,10 @@ def _kernel(
     """``GROUPED``: every tensor's elements are whole groups of eight, at addresses divisible by 16."""
     place = tl.load(blocks_ptr + tl.program_id(0))
     row = table_ptr + (place >> 40) * _COLUMNS
-    w_ptr = tl.load(row).to(tl.pointer_type(PARAM))  # pyright: ignore[reportArgumentType]
-    g_ptr = tl.load(row + 1).to(tl.pointer_type(GRAD))  # pyright: ignore[reportArgumentType]
-    m_ptr = tl.load(row + 2).to(tl.pointer_type(M))  # pyright: ignore[reportArgumentType]
-    v_ptr = tl.load(row + 3).to(tl.pointer_type(V))  # pyright: ignore[reportArgumentType]
+    w_ptr = tl.load(row).to(tl.pointer_type(PARAM))
+    g_ptr = tl.load(row + 1).to(tl.pointer_type(GRAD))
+    m_ptr = tl.load(row + 2).to(tl.pointer_type(M))
+    v_ptr = tl.load(row + 3).to(tl.pointer_type(V))
     r_ptr = tl.load(row + 4).to(tl.pointer_type(tl.int16))
     n, key, start = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
     run, count, index = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10)

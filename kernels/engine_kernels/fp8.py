@@ -132,7 +132,7 @@ def to_fp8_bits(v, E4M3: tl.constexpr, NATIVE: tl.constexpr):
         size = bits & 0x7FFFFFFF
         small = tl.minimum(size, TOP)
         # Below the smallest normal number: added to a number whose last place is the smallest subnormal, fp32 rounds.
-        MAGIC: tl.constexpr = (151 - BIAS - MANTISSA) << 23
+        MAGIC: tl.constexpr = (151 - BIAS - MANTISSA) << 23  # pyright: ignore[reportAssignmentType]
         magic = tl.full(small.shape, MAGIC, tl.int32).to(tl.float32, bitcast=True)
         subnormal = (small.to(tl.float32, bitcast=True) + magic).to(tl.int32, bitcast=True) - MAGIC
         odd = (small >> (23 - MANTISSA)) & 1

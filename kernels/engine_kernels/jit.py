@@ -10,33 +10,44 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 __all__ = ["Compiled", "cdiv", "compiling", "interpreted", "launch", "multiprocessors", "next_power_of_2", "obstacle",
            "tl", "triton", "wide", "wide_dtype"]
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    _missing = str(error)
-
-    class _Absent:
-        """Stands for ``triton`` and ``tl`` at import: decorators leave a function as it is, names are nothing."""
-
-        def __getattr__(self, name: str) -> Any:
-            return lambda function=None, **_options: function if callable(function) else lambda decorated: decorated
-
-    triton: Any = _Absent()
-    tl: Any = _Absent()
-else:
+if TYPE_CHECKING:  # inside kernels the language is not Python's: Triton's types would only mislead a checker
+    triton: Any = None
     _missing = ""
-    if triton.knobs.runtime.interpret:
-        from engine_kernels import interpreter
 
-        interpreter.repair()
+    class _Language(type):
+        def __getattr__(cls, name: str) -> Any: ...
+
+    class tl(metaclass=_Language):
+        class constexpr(Any):
+            def __init__(self, value: Any): ...
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError as error:
+        _missing = str(error)
+
+        class _Absent:
+            """Stands for ``triton`` and ``tl`` at import: decorators leave a function as it is, names are nothing."""
+
+            def __getattr__(self, name: str) -> Any:
+                return lambda function=None, **_options: function if callable(function) else lambda decorated: decorated
+
+        triton = _Absent()
+        tl = _Absent()
+    else:
+        _missing = ""
+        if triton.knobs.runtime.interpret:
+            from engine_kernels import interpreter
+
+            interpreter.repair()
 _interpreted = not _missing and bool(triton.knobs.runtime.interpret)  # torch.compile cannot trace the knob itself
 
 

@@ -53,7 +53,7 @@ def _scatter_kernel(
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     x = tl.load(x_ptr + token * x_stride + column, mask=column < h, other=0.0)
-    for i in tl.range(0, K, loop_unroll_factor=UNROLL):  # pyright: ignore[reportGeneralTypeIssues]
+    for i in tl.range(0, K, loop_unroll_factor=UNROLL):
         place = tl.load(place_ptr + token * K + i)
         tl.store(y_ptr + place * h + column, x, mask=(column < h) & (place >= 0) & (place < p))
     if WEIGHTED:
@@ -75,7 +75,7 @@ def _gather_kernel(
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), dtype=WIDE)
-    for i in tl.range(0, K, loop_unroll_factor=UNROLL):  # pyright: ignore[reportGeneralTypeIssues]
+    for i in tl.range(0, K, loop_unroll_factor=UNROLL):
         place = tl.load(place_ptr + token * K + i)
         y = tl.load(y_ptr + place * y_stride + column, mask=(column < h) & (place >= 0), other=0.0).to(WIDE)
         if SCALED:
@@ -102,7 +102,7 @@ def _weighted_backward_kernel(
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     dx = tl.load(dx_ptr + token * dx_stride + column, mask=column < h, other=0.0).to(WIDE)
-    for i in tl.range(0, K, loop_unroll_factor=UNROLL):  # pyright: ignore[reportGeneralTypeIssues]
+    for i in tl.range(0, K, loop_unroll_factor=UNROLL):
         place = tl.load(place_ptr + token * K + i)
         inside = (column < h) & (place >= 0)
         y = tl.load(y_ptr + place * y_stride + column, mask=inside, other=0.0).to(WIDE)
