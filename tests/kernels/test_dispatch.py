@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +124,25 @@ def test_rows_are_viewed_where_possible():
     assert dispatch.as_rows(x[:, ::2]).is_contiguous()
     assert dispatch.as_rows(torch.ones(1).expand(4, 6)).stride(1) == 1
     assert dispatch.as_rows(torch.ones(3, 0)).shape == (0, 0)
+
+
+def test_every_kernel_file_imports_without_triton():
+    """On macOS there is none: ops still run through torch or C++."""
+    folder = Path(dispatch.__file__).parent
+    names = [path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "interpreter")]
+    code = f"""
+import importlib, sys
+sys.modules["triton"] = None
+for name in {names}:
+    importlib.import_module("engine_kernels." + name)
+import torch
+from engine_kernels.rms_norm import rms_norm
+assert rms_norm(torch.ones(2, 4), torch.ones(4), eps=0.0).eq(1).all()
+try:
+    rms_norm(torch.ones(2, 4), torch.ones(4), eps=0.0, impl="triton")
+except RuntimeError as error:
+    assert "Triton is not installed" in str(error)
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
