@@ -228,7 +228,7 @@ def _best(request: Request, machine: Machine) -> str:
     chosen, found = best(request, machine), rank(request, machine)
     passed = [f"{name} ({why})" for name, why in found[: [name for name, _ in found].index(chosen)]]
     said = f"attention for {request}: {chosen}" + (f"; passed over: {', '.join(passed)}" if passed else "")
-    if said not in _told:
+    if not torch.compiler.is_compiling() and said not in _told:
         _told.add(said)
         _log.info("%s", said)
     return chosen

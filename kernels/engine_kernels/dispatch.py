@@ -44,7 +44,8 @@ def choose(impl: str, op: str, same: Mapping[str, torch.Tensor], others: Mapping
     obstacle = _obstacle(wanted, same, others or {}) if wanted in kernels else f"{op} has no {_NAMES[wanted]}"
     if impl != "auto" and obstacle:
         raise RuntimeError(f'{op}: impl="{impl}" cannot run: {obstacle}; use impl="auto" or "torch"')
-    if (op, wanted + obstacle) not in _told:
+    # torch.compile traces no logging.
+    if not torch.compiler.is_compiling() and (op, wanted + obstacle) not in _told:
         _told.add((op, wanted + obstacle))
         _log.info("%s: %s", op, f"plain torch ({obstacle})" if obstacle else _NAMES[wanted])
     return "torch" if obstacle else wanted

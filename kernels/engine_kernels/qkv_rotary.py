@@ -189,7 +189,9 @@ def _check(mixed_sbn: Tensor, cos: Tensor, sin: Tensor, num_groups: int, queries
     if n != needed or num_groups < 1 or queries_per_group < 1:
         raise ValueError(f"split_qkv_rotary: mixed_sbn has {n} columns, {num_groups} groups of "
                          f"{queries_per_group} + 2 heads of {head_dim} need {needed}")
-    if cos.shape != sin.shape or cos.shape[:-1] not in ((s,), (s, b)) or 2 * cos.shape[-1] > head_dim:
+    # One size after another: torch.compile does not find tuples of its symbolic sizes equal.
+    fits = cos.shape == sin.shape and cos.dim() in (2, 3) and cos.shape[0] == s and 2 * cos.shape[-1] <= head_dim
+    if not fits or (cos.dim() == 3 and cos.shape[1] != b):
         raise ValueError(f"split_qkv_rotary: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be [{s}, r] "
                          f"or [{s}, {b}, r] with 2 r <= {head_dim} (one column an angle, not a repeated half)")
 

@@ -211,7 +211,10 @@ def _checked(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions:
     if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (b, s, d):
         raise ValueError(f"{op}: k_bsgd has shape {tuple(k.shape)}, needs [{b}, {s}, groups, {d}] as q_bshd")
     rows = "[positions, r]" if positions is not None else f"[{s}, r] or [{s}, {b}, r]"
-    fits = cos.dim() == 2 if positions is not None else cos.shape[:-1] in ((s,), (s, b))
+    # One size after another: torch.compile does not find tuples of its symbolic sizes equal.
+    fits = cos.dim() == 2
+    if positions is None:
+        fits = cos.dim() in (2, 3) and cos.shape[0] == s and (cos.dim() == 2 or cos.shape[1] == b)
     if cos.shape != sin.shape or not fits or 2 * cos.shape[-1] > d:
         raise ValueError(f"{op}: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be {rows} with 2 r <= {d} "
                          "(one column an angle, not a repeated half)")

@@ -281,10 +281,13 @@ def test_triton_rounds_as_the_cpu_kernel(device):
         torch.testing.assert_close(a.cpu(), b, rtol=2**-7, atol=1e-6)  # at most one rounding apart
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_torch_compile_takes_the_form_without_aliases(device, in_place):
+def test_torch_compile_takes_the_form_without_aliases(device, in_place, dynamic):
     kernel, reference = pair(*angles(5, 4, at=device), 1, 2, 8, impl="triton", in_place=in_place)
     x = torch.randn(5, 2, 32, device=device, requires_grad=True)
+    if dynamic:  # as after a compilation for other lengths
+        torch._dynamo.maybe_mark_dynamic(x, (0, 1))
 
     def loss(op, x):
         mixed = x * 2
