@@ -72,6 +72,12 @@ def add_matmul_tn_(main_grad_mk: torch.Tensor, grad_y: torch.Tensor, x: torch.Te
     grad_y and x are of one dtype, main_grad of that or fp32, with unit stride along k. "auto" and "torch" are cuBLAS on
     a GPU, else ``matmul_tn`` and a sum; "triton" is this file's kernel. Raises ValueError that names the argument.
     """
+    if impl == "auto" and not grad_y.is_cuda and not torch.is_grad_enabled() and grad_y.numel() and x.numel():
+        # A CPU's backward pass, without the checks' 6 us: a wrong shape shows in the product's.
+        part_mk = matmul_tn(grad_y, x)
+        if part_mk.shape == main_grad_mk.shape and main_grad_mk.dtype in (part_mk.dtype, torch.float32):
+            (main_grad_mk.copy_ if first else main_grad_mk.add_)(part_mk)
+            return
     grad_nm, x_nk = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (grad_y, x))
     if grad_nm.shape[0] != x_nk.shape[0]:
         raise ValueError(f"add_matmul_tn_: x has {x_nk.shape[0]} rows, grad_y has {grad_nm.shape[0]}")
