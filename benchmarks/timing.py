@@ -106,7 +106,7 @@ def prepare(run: Run, sets: Sequence[Sequence[Any]], *, backward: bool, device: 
     if capturable:
         try:
             return _captured(runs, backward, stream)
-        except Exception:
+        except RuntimeError:  # what cannot be captured is called run by run, and its row's method says so
             torch.cuda.synchronize()  # raises if the device is lost
             everything()
     return _called(runs, backward)
@@ -214,7 +214,8 @@ def matmul_rate(device: torch.device, size: int) -> float:
 
 
 def fp8_matmul_rate(device: torch.device, size: int) -> float | None:
-    """The same through torch._scaled_mm with one scale a matrix; None where there is none."""
+    """The same through torch._scaled_mm with one scale a matrix; None, which the table shows as a dash, where this
+    processor has none (below compute capability 8.9)."""
     one = torch.ones((), device=device)
     a, b = ((torch.randn(size, size, device=device)).to(torch.float8_e4m3fn) for _ in range(2))
     scaled_mm: Any = torch.ops.aten._scaled_mm

@@ -106,7 +106,7 @@ def is_lost(device: Any) -> bool:
     try:
         torch.cuda.synchronize()
         torch.zeros(1, device=device).item()
-    except Exception:
+    except RuntimeError:  # as CUDA's errors are: the caller starts another process
         return True
     return False
 

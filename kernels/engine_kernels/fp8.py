@@ -210,7 +210,7 @@ def native() -> bool:
 
 
 def grid(n: int, k: int, blocks: dict[str, int]) -> tuple[int, ...]:
-    return (-(-n // blocks["ROWS"]) * -(-k // blocks["COLUMNS"]),)
+    return (jit.cdiv(n, blocks["ROWS"]) * jit.cdiv(k, blocks["COLUMNS"]),)
 
 
 def _launch_amax(x_nk: Tensor, out: Tensor, out_k: Tensor, *, rowwise: bool, transpose: bool) -> None:

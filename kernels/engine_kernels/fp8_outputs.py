@@ -124,7 +124,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset
     columns = jit.next_power_of_2(d)
     rows = max(1, 2048 // columns)
     given = scale_n if scale is None else scale
-    launch(_norm_kernel, (-(-n // rows),), x_nd, residual_nd, weight_d, q_nd, total, rstd_n, given,
+    launch(_norm_kernel, (jit.cdiv(n, rows),), x_nd, residual_nd, weight_d, q_nd, total, rstd_n, given,
            given if measured is None else measured, n, d, x_nd.stride(0), residual_nd.stride(0), eps, offset,
            ADD=residual is not None, ROWWISE=scale is None, MEASURE=measured is not None, POWER_OF_2=power_of_2,
            NATIVE=fp8.native(), ROWS=rows, COLUMNS=columns, num_warps=min(32, max(4, rows * columns // 512)))
@@ -150,7 +150,7 @@ def _activation(x: Tensor, alpha: float, limit: float | None, scale: Tensor | No
     n, f = q_nf.shape
     columns = min(1024, jit.next_power_of_2(f))
     rows = 1 if scale is None else max(1, 2048 // columns)
-    programs = -(-n // rows) * (1 if scale is None else -(-f // columns))
+    programs = jit.cdiv(n, rows) * (1 if scale is None else jit.cdiv(f, columns))
     given = scale_n if scale is None else scale
     launch(_activation_kernel, (programs,), x_n2f, q_nf, given,
            given if measured is None else measured, n, f, x_n2f.stride(0), ROWWISE=scale is None,

@@ -155,10 +155,6 @@ def _weights_kernel(
         first_row = end_row
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _capability(x: Tensor) -> int:
     """Of the GPU that runs or is compiled for, as 80, 90 or 100; 0 in the interpreter."""
     if jit.interpreted():
@@ -219,11 +215,11 @@ def _rows(a: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], scale_
     out_pn = a.new_empty(p, n)
     if not c:
         return out_pn.zero_()
-    blocks = _blocks(a, _ceil(p, e), n, c)
+    blocks = _blocks(a, jit.cdiv(p, e), n, c)
     weight_at, weight_stride, stacked, aligned = located(weights, 2)
     bias_at, bias_stride, biases_stacked, _ = located(biases, 1) if biases else (weight_at, 0, stacked, False)
     assert biases_stacked == stacked, "weights and biases both stacked, or neither"
-    tiles = (p // blocks["ROWS"] + e + 1) * _ceil(n, blocks["COLUMNS"]) if p else 0
+    tiles = (p // blocks["ROWS"] + e + 1) * jit.cdiv(n, blocks["COLUMNS"]) if p else 0
     launch(_rows_kernel, _programs(a, tiles, blocks), a_pc, weight_at, bias_at,
            a_pc if scale_p is None else scale_p.contiguous(), out_pn, tokens_e,
            p, e, n, c, a_pc.stride(0), weight_stride, bias_stride, n_stride, c_stride,
@@ -235,9 +231,9 @@ def _rows(a: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], scale_
 def _weight_gradients(dy: Tensor, x: Tensor, tokens_e: Tensor, into: Sequence[Tensor], add: bool) -> None:
     dy_pm, x_pk, e = dispatch.as_rows(dy), dispatch.as_rows(x), tokens_e.numel()
     (p, m), k = dy_pm.shape, x_pk.shape[1]
-    blocks = _blocks(dy, m, k, _ceil(p, e), 128 if _capability(dy) >= 100 else 256)
+    blocks = _blocks(dy, m, k, jit.cdiv(p, e), 128 if _capability(dy) >= 100 else 256)
     out_at, out_stride, stacked, aligned = located(into, 2)
-    tiles = e * _ceil(m, blocks["ROWS"]) * _ceil(k, blocks["COLUMNS"])
+    tiles = e * jit.cdiv(m, blocks["ROWS"]) * jit.cdiv(k, blocks["COLUMNS"])
     launch(_weights_kernel, _programs(dy, tiles, blocks), dy_pm, x_pk, out_at, into[0], tokens_e, p, e, m, k,
            dy_pm.stride(0), x_pk.stride(0), out_stride,
            STACKED=stacked, ALIGNED=aligned, ADD=add, WIDE=jit.wide(dy), **blocks)

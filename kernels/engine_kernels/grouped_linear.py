@@ -65,7 +65,7 @@ def _bias_gradients(dy: Tensor, biases: Sequence[Tensor], scale_p: Tensor | None
     dy_pm, e = dispatch.as_rows(dy), tokens_e.numel()
     p, m = dy_pm.shape
     columns = min(128, jit.next_power_of_2(m))
-    blocks = -(-m // columns)
+    blocks = jit.cdiv(m, columns)
     bias_at, bias_stride, stacked, _ = located(biases, 1)
     dbias_em = dy.new_empty(e, m)
     dscale_np = dy.new_zeros(blocks, p if scale_p is not None else 0, dtype=jit.wide_dtype(dy))

@@ -76,8 +76,7 @@ def add_matmul_tn_(main_grad_mk: torch.Tensor, grad_y: torch.Tensor, x: torch.Te
         # A CPU's backward pass, without the checks' 6 us: a wrong shape shows in the product's.
         part_mk = matmul_tn(grad_y, x)
         if part_mk.shape == main_grad_mk.shape and main_grad_mk.dtype in (part_mk.dtype, torch.float32):
-            (main_grad_mk.copy_ if first else main_grad_mk.add_)(part_mk)
-            return
+            return _sum(main_grad_mk, part_mk, first)
     grad_nm, x_nk = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (grad_y, x))
     if grad_nm.shape[0] != x_nk.shape[0]:
         raise ValueError(f"add_matmul_tn_: x has {x_nk.shape[0]} rows, grad_y has {grad_nm.shape[0]}")
@@ -112,7 +111,11 @@ def _library_sum(main_grad_mk: torch.Tensor, grad_nm: torch.Tensor, x_nk: torch.
         if _cublas_sums_in_fp32(grad_nm.device, grad_nm.dtype):
             torch.ops.aten.addmm.dtype_out(main_grad_mk, grad_nm.t(), x_nk, torch.float32, beta=beta, out=main_grad_mk)
             return
-    part_mk = matmul_tn(grad_nm, x_nk)
+    _sum(main_grad_mk, matmul_tn(grad_nm, x_nk), first)
+
+
+def _sum(main_grad_mk: torch.Tensor, part_mk: torch.Tensor, first: bool) -> None:
+    """The first is copied, which spares reading what was there."""
     if first:
         main_grad_mk.copy_(part_mk)
     else:
@@ -190,7 +193,7 @@ def _triton_sum(main_grad_mk: torch.Tensor, grad_nm: torch.Tensor, x_nk: torch.T
     grad_nm, x_nk = dispatch.as_rows(grad_nm), dispatch.as_rows(x_nk)
     (n, m), k = grad_nm.shape, x_nk.shape[1]
     sizes = _tiles(grad_nm.dtype, m, k)
-    tiles = -(-m // sizes["TILE_M"]) * -(-k // sizes["TILE_K"])
+    tiles = jit.cdiv(m, sizes["TILE_M"]) * jit.cdiv(k, sizes["TILE_K"])
     splits = min(jit.multiprocessors(grad_nm) // max(1, tiles), n // 1024)
     options = {"PRECISION": "ieee", "BAND": 8, **sizes}
     strides = grad_nm.stride(0), x_nk.stride(0)
@@ -202,10 +205,7 @@ def _triton_sum(main_grad_mk: torch.Tensor, grad_nm: torch.Tensor, x_nk: torch.T
     parts_smk = torch.empty(splits, m, k, dtype=torch.float32, device=grad_nm.device)
     launch(_sum_kernel, (tiles, splits), grad_nm, x_nk, parts_smk, n, m, k, *strides, k, share, m * k,
            FIRST=True, **options)
-    if first:
-        main_grad_mk.copy_(parts_smk.sum(0))
-    else:
-        main_grad_mk.add_(parts_smk.sum(0))
+    _sum(main_grad_mk, parts_smk.sum(0), first)
 
 
 @_triton_sum.register_fake

@@ -203,10 +203,6 @@ def _losses_kernel(
     tl.store(loss_ptr + row, loss, mask=inside)
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def row_blocks(logits_nv: Tensor) -> tuple[int, int, dict[str, int]]:
     """-> (parts of a row, columns of a part, options): 16 columns a thread, programs for every multiprocessor.
 
@@ -214,10 +210,10 @@ def row_blocks(logits_nv: Tensor) -> tuple[int, int, dict[str, int]]:
     """
     n, v = logits_nv.shape
     columns = min(4096, max(128, jit.next_power_of_2(v)))
-    filling = _cdiv(8 * jit.multiprocessors(logits_nv), max(n, 1))
-    parts = min(_cdiv(v, columns), max(_cdiv(v, _SPAN), filling))
-    span = _cdiv(_cdiv(v, parts), columns) * columns
-    return _cdiv(v, span), span, {"COLUMNS": columns, "num_warps": max(1, columns // 512)}
+    filling = jit.cdiv(8 * jit.multiprocessors(logits_nv), max(n, 1))
+    parts = min(jit.cdiv(v, columns), max(jit.cdiv(v, _SPAN), filling))
+    span = jit.cdiv(jit.cdiv(v, parts), columns) * columns
+    return jit.cdiv(v, span), span, {"COLUMNS": columns, "num_warps": max(1, columns // 512)}
 
 
 @torch.library.custom_op("engine_kernels::logit_stats", mutates_args=())
@@ -251,7 +247,7 @@ def _losses(stats: Tensor, labels: Tensor, vocab_size: int, label_smoothing: flo
             ) -> tuple[Tensor, Tensor]:
     loss_n, whole_sn = _losses_outputs(stats, labels, vocab_size, label_smoothing, z_loss)
     shards, s, n = stats.shape
-    launch(_losses_kernel, (_cdiv(n, 128),), stats.contiguous(), labels.contiguous(), loss_n, whole_sn, n, shards,
+    launch(_losses_kernel, (jit.cdiv(n, 128),), stats.contiguous(), labels.contiguous(), loss_n, whole_sn, n, shards,
            vocab_size, 1.0 - label_smoothing, label_smoothing / max(vocab_size, 1), z_loss,
            STATS=s, WIDE=jit.wide(stats), ROWS=128, num_warps=4)
     return loss_n, whole_sn

@@ -94,8 +94,8 @@ def _blocks(n: int, f: int, elements: int) -> tuple[int, int, dict[str, int]]:
     """Programs, blocks of columns, and the block: `elements` in runs of at most 1024 columns, 4 warps."""
     columns = min(1024, jit.next_power_of_2(f))
     rows = max(1, elements // columns)
-    column_blocks = -(-f // columns)
-    return -(-n // rows) * column_blocks, column_blocks, {"ROWS": rows, "COLUMNS": columns, "num_warps": 4}
+    column_blocks = jit.cdiv(f, columns)
+    return jit.cdiv(n, rows) * column_blocks, column_blocks, {"ROWS": rows, "COLUMNS": columns, "num_warps": 4}
 
 
 def _constants(x: Tensor, weights: Tensor | None, alpha: float, limit: float | None) -> dict:

@@ -79,5 +79,11 @@ def device() -> str:
 
 
 @pytest.fixture
+def place(impl: str, device: str) -> str:
+    """Where tensors are for the implementation that a test file's own fixture ``impl`` names."""
+    return device if impl == "triton" else "cpu"
+
+
+@pytest.fixture
 def compare() -> Check:
     return _compare

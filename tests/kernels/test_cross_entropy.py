@@ -24,12 +24,6 @@ def impl(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def place(impl, device) -> str:
-    """Where tensors for `impl` are."""
-    return device if impl == "triton" else "cpu"
-
-
 def exact_loss(logits, labels, valid=None, label_smoothing=0.0, z_loss=0.0):
     """Per token, by torch, in float64."""
     flat, flat_labels = logits.double().flatten(0, -2)[:, :valid], labels.flatten()

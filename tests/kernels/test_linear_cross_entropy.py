@@ -27,11 +27,6 @@ def impl(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def place(impl, device) -> str:
-    return device if impl == "triton" else "cpu"
-
-
 def some(n, h=12, v=70, dtype=torch.float32, device="cpu"):
     """Hidden states, weight, labels of which some are ignored, weights of which some are zero."""
     hidden, weight = torch.randn(n, h, device=device, dtype=dtype), torch.randn(v, h, device=device).mul(0.6).to(dtype)
