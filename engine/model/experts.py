@@ -28,24 +28,16 @@ def _weight_gradients(weights: Sequence[Any], needed: Sequence[bool], dy_pm, x_p
     """What a backward pass returns for each expert's weight: ``layers.weight_gradient``, for all in one launch."""
     if not any(needed):
         return [None] * len(weights)
-    own = all(getattr(w, "sums_own_gradient", False) for w in weights)
-    overlapped = all(getattr(w, "sums_before_hook", False) for w in weights)
     if impl == "torch" or not all(needed) or any(w._backward_hooks for w in weights):
         rows = zip(rows_of(dy_pm, tokens_e)[0], rows_of(x_pk, tokens_e)[0], strict=True)
         return [weight_gradient(w, dy, x) if need else None
                 for w, need, (dy, x) in zip(weights, needed, rows, strict=True)]
-    if not (own or overlapped):
+    if not all(map(layers.sums_itself, weights)):
         return list(grouped_tn(dy_pm, x_pk, tokens_e, impl=impl))
     # Zero before a step's first micro-batch, which overwrites them.
     add = any(w.grad_added_to_main_grad for w in weights)
     grouped_tn(dy_pm, x_pk, tokens_e, into=[w.main_grad for w in weights], add=add, impl=impl)
-    for w in weights:
-        w.grad_added_to_main_grad = True  # until DDP's zero_grad_buffer
-    if own:
-        return [None] * len(weights)
-    zeros = any(getattr(w, "zero_out_wgrad", False) for w in weights)
-    handed_emk = weights[0].new_empty(len(weights), *weights[0].shape)
-    return list((handed_emk.zero_() if zeros else handed_emk).unbind(0))
+    return [layers.summed(w) for w in weights]
 
 
 class _GroupedLinear(torch.autograd.Function):
