@@ -33,3 +33,9 @@ def gather(
     labels: NDArray[np.int64],
 ) -> tuple[int, int]:
     """Fills tokens and labels from pieces [n, 4] = (position, offset, length, out); smallest and largest token read."""
+
+def pack(
+    sizes: NDArray[np.int32], order: NDArray[np.int64], capacity: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(examples row by row, where each row begins in them and, last, their number) by best-fit decreasing; equal sizes
+    in the given order, a permutation. ValueError for a size outside [1, capacity]."""

@@ -12,9 +12,15 @@ from engine.runtime import command
 # name: (module with main(argv) -> exit code, one line for --help); imported only when called, for start-up time.
 COMMANDS = {
     "prepare": ("engine.data.prepare", "raw files -> tokenizer, .bin/.idx, manifest"),
+    "code-tasks": ("engine.data.code_tasks", "Python source -> instruction examples and preference pairs (JSONL)"),
     "pretrain": ("engine.pretrain", "train a model, or resume (several processes: torchrun -m engine.pretrain)"),
+    "midtrain": ("engine.midtrain", "go on from a checkpoint's weights with a fresh schedule and another blend"),
+    "import": ("engine.import_model", "a Hugging Face model as a checkpoint of the engine"),
+    "export": ("engine.export_model", "a checkpoint for Transformers, PEFT or llama.cpp, compared with what it was"),
     "evaluate": ("engine.evaluate", "perplexity, token accuracy and speed of a checkpoint on held-out data"),
     "generate": ("engine.generate", "text from a checkpoint"),
+    "answer": ("engine.answer", "a model's answers to prompts: refusal rate, and other shares that gates read"),
+    "pipeline": ("engine.pipeline", "the whole chain, stage by stage, with promotion gates and a report"),
     "verify-layout": ("engine.verify_layout", "a parallel layout against one rank: losses, every gradient, weights"),
     "report": ("engine.report", "a run against unigram and bigram models, with a plot of its losses"),
 }

@@ -26,10 +26,11 @@ def main(argv: list[str]) -> int:
     options = parse(EvaluateConfig, argv, prog="mainspring evaluate")
 
     from engine.checkpoint import restore
+    from engine.origin import load_base
 
     plan = restore.plan(options.checkpoint, device=options.device, precision=options.precision,
                         seq_length=options.seq_length, parallel=options.parallel)
-    with restore.load(plan) as restored:
+    with restore.load(plan, load_base=load_base) as restored:
         found = run(restored, data=options.data, split=options.split, batch_size=options.batch_size,
                     max_sequences=options.max_sequences, seq_length=options.seq_length)
         if restored.groups.is_main:

@@ -24,13 +24,14 @@ def main(argv: list[str]) -> int:
     options = parse(GenerateConfig, argv, prog="mainspring generate")
 
     from engine.checkpoint import restore
+    from engine.origin import load_base
     from engine.parallel import topology
 
     plan = restore.plan(options.checkpoint, device=options.device, precision=options.precision,
                         parallel=options.parallel)
     _refuse_copies(plan.cfg, launch.world_size())
     prompt = _read_prompt() if options.prompt is None else options.prompt
-    with restore.load(plan) as restored:
+    with restore.load(plan, load_base=load_base) as restored:
         prompt = topology.of_main_rank(prompt)
         texts = continuations(
             restored, prompt, num_samples=options.num_samples, max_new_tokens=options.max_new_tokens,

@@ -24,9 +24,10 @@ def main(argv: list[str]) -> int:
     from engine.data.prepared import open_split
     from engine.evaluation.ngram import ngram_cross_entropy
     from engine.evaluation.plot import plot_loss
+    from engine.origin import load_base
     from engine.train.run import data_folders
 
-    with restore.model(options.run, device=options.device) as restored:
+    with restore.model(options.run, device=options.device, load_base=load_base) as restored:
         cfg = restored.cfg
         held_out = evaluate.run(restored)
         baselines = {}

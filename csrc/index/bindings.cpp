@@ -1,12 +1,14 @@
-// Binds only: argument checks, the GIL, numpy arrays. The work is in format, samples and gather.
+// Binds only: argument checks, the GIL, numpy arrays. The work is in format, samples, gather and packing.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "format.hpp"
 #include "gather.hpp"
+#include "packing.hpp"
 #include "samples.hpp"
 
 namespace py = pybind11;
@@ -104,6 +106,26 @@ py::tuple gathered(const py::buffer& bin, int dtype_code, const py::array& sizes
     return py::make_tuple(seen.low, seen.high);
 }
 
+Int64s as_array(const std::vector<int64_t>& values) {
+    Int64s array(static_cast<py::ssize_t>(values.size()));
+    std::copy(values.begin(), values.end(), array.mutable_data());
+    return array;
+}
+
+py::tuple packed(const py::array_t<int32_t, py::array::c_style>& sizes, const Int64s& order, int64_t capacity) {
+    if (sizes.ndim() != 1 || order.ndim() != 1 || order.size() != sizes.size())
+        throw py::value_error("order and sizes differ in length");
+    if (capacity < 1) throw py::value_error("capacity must be positive");
+    const int32_t* sizes_data = sizes.data();
+    const int64_t *order_data = order.data(), count = order.size();
+    Packing packing;
+    {
+        py::gil_scoped_release release;
+        packing = pack(sizes_data, order_data, count, capacity);
+    }
+    return py::make_tuple(as_array(packing.items), as_array(packing.starts));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_index, m) {
@@ -116,4 +138,5 @@ PYBIND11_MODULE(_index, m) {
     m.def("blend", &blended, py::arg("weights"), py::arg("deficits"), py::arg("counts"), py::arg("steps"));
     m.def("gather", &gathered, py::arg("bin"), py::arg("dtype_code"), py::arg("sizes"), py::arg("pointers"),
           py::arg("order"), py::arg("pieces"), py::arg("tokens").noconvert(), py::arg("labels").noconvert());
+    m.def("pack", &packed, py::arg("sizes").noconvert(), py::arg("order").noconvert(), py::arg("capacity"));
 }

@@ -26,6 +26,7 @@ from engine import disk
 from engine.errors import UserError
 
 POINTER = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpointed_iteration.txt"  # written by a run with checkpoint.load_best_at_end
 _WAITING = POINTER + ".tmp"
 _NAME = re.compile(r"iter_(\d{7,})$")
 
@@ -84,10 +85,19 @@ def latest(checkpoints: Path) -> Path | None:
     return named
 
 
-def find(path: Path | str) -> Path:
+def mark_best(checkpoints: Path, step: int) -> None:
+    """Has ``find`` mean this step's checkpoint from here on."""
+    waiting = checkpoints / (BEST + ".tmp")
+    write_text(waiting, f"{step}\n")
+    waiting.replace(checkpoints / BEST)
+    disk.sync(checkpoints)
+
+
+def find(path: Path | str, *, newest: bool = False) -> Path:
     """The checkpoint that a user's path means: a checkpoint itself, a checkpoints folder, or a run's folder.
 
-    Raises ``UserError`` when there is none.
+    Of a run's it is the one that the run ended with: the newest, or with ``checkpoint.load_best_at_end`` the best;
+    ``newest``: that in any case. Raises ``UserError`` when there is none.
     """
     path = Path(path)
     if (path / "manifest.json").exists() and _NAME.search(path.resolve().name):
@@ -95,8 +105,9 @@ def find(path: Path | str) -> Path:
     for checkpoints in (path, root(path)):
         if (checkpoints / POINTER).exists() or existing(checkpoints):
             found = latest(checkpoints)
+            best = None if newest else _named(checkpoints / BEST)
             if found is not None:
-                return found
+                return best if best is not None and best in existing(checkpoints) else found
     problem = "no checkpoint in this folder" if path.is_dir() else "no such folder"
     raise UserError(problem, where=str(path),
                     fix="Give a folder iter_NNNNNNN, or the output_dir of a run that saved one")

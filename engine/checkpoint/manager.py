@@ -11,8 +11,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from engine import disk
-from engine.checkpoint import layout, rng, sharded
+from engine.checkpoint import adapters, layout, rng, sharded
+from engine.checkpoint.adapters import Base
 from engine.config import Config, dump_yaml, load_yaml
+from engine.data.tokenizer import TOKENIZER_FILES
 from engine.errors import UserError
 from engine.parallel.topology import Groups
 
@@ -67,7 +69,7 @@ def _flush_and_hash(path: Path) -> str:
     return disk.sha256(path)
 
 
-def _check_model(path: Path, cfg: Config) -> None:
+def check_model(path: Path, cfg: Config) -> None:
     """Refuses a checkpoint of a model of other shape, in the words of the configuration."""
     saved, wanted = load_yaml(path / "config.yaml").get("model") or {}, cfg.model.model_dump(mode="json")
     other = [name for name in _SHAPE if name in saved and saved[name] != wanted[name]]
@@ -77,17 +79,26 @@ def _check_model(path: Path, cfg: Config) -> None:
                         fix="Set these as they were, or choose another --output_dir for the new model")
 
 
+def _no_tokenizer_files(_folder: str, names: list[str]) -> list[str]:
+    """What lies beside a tokenizer in a model's directory and does not belong to it."""
+    return [name for name in names if name not in TOKENIZER_FILES]
+
+
 class Checkpointer:
     """Saves into and resumes from ``<output_dir>/checkpoints``. Every method is collective over all ranks."""
 
     def __init__(self, cfg: Config, groups: Groups, *, tokenizer: Path | None, tokenizer_sha256: str | None,
-                 vocab_size: int):
+                 vocab_size: int, base: Base | None = None):
         self.cfg, self.groups, self.tokenizer = cfg, groups, tokenizer
         self.identity = {"tokenizer_sha256": tokenizer_sha256, "vocab_size": vocab_size}
+        self.base = base  # the frozen model beside which adapters are trained
         self.checkpoints = layout.root(cfg.output_dir)
 
     def save(self, chunks, optimizer, state: dict) -> Path:
-        """Saves a checkpoint of ``state["step"]`` and prunes old ones. Refuses to replace an existing one."""
+        """Saves a checkpoint of ``state["step"]`` and prunes old ones. Refuses to replace an existing one.
+
+        ``optimizer`` None: weights alone, from which a stage can start (``init_from``) but no run go on.
+        """
         final = layout.folder(self.checkpoints, state["step"])
         temporary = final.with_name(final.name + ".tmp")
 
@@ -104,7 +115,7 @@ class Checkpointer:
         what = f"saving {final}"
         agree(self.groups, begin, what)
         agree(self.groups, lambda: sharded.save(temporary / "sharded", chunks, optimizer, self.groups), what)
-        agree(self.groups, lambda: self._save_rest(temporary, state), what)
+        agree(self.groups, lambda: self._save_rest(temporary, state, optimizer is not None), what)
         hashes = agree(self.groups, lambda: {str(p.relative_to(temporary)): _flush_and_hash(p)
                                               for p in _own_files(temporary, self.groups.rank)}, what)
 
@@ -117,16 +128,33 @@ class Checkpointer:
         agree(self.groups, end, what)
         return final
 
-    def _save_rest(self, temporary: Path, state: dict) -> None:
+    def _save_rest(self, temporary: Path, state: dict, trains: bool) -> None:
         rng.save(temporary, self.groups.rank)
         if not self.groups.is_main:
             return
         record = {"version": _VERSION, "train": state, "parallel": self._layout(),
-                  "optimizer": self.cfg.train.optimizer, **self.identity}
+                  "optimizer": self.cfg.train.optimizer if trains else None, **self.identity}
+        if self.base is not None:
+            record["base"] = self.base.record(self.cfg.output_dir)
         layout.write_text(temporary / "state.json", json.dumps(record, indent=1))
         layout.write_text(temporary / "config.yaml", dump_yaml(self.cfg))
         if self.tokenizer is not None:
-            shutil.copytree(self.tokenizer, temporary / "tokenizer")
+            shutil.copytree(self.tokenizer, temporary / "tokenizer", ignore=_no_tokenizer_files)
+
+    def end_with_best(self, chunks, state: dict) -> Path | None:
+        """After a run's end, has it end with its best checkpoint: loads those weights, and later stages find them.
+
+        -> that checkpoint, None where no step was both evaluated and saved.
+        """
+        best = state.get("best_step")
+        if best is None:
+            return None
+        path = layout.folder(self.checkpoints, best)
+        if best != state["step"]:
+            agree(self.groups, lambda: self.groups.is_main and layout.verify(path), f"loading {path}")
+            sharded.load(path / "sharded", chunks, None, self.groups)
+        agree(self.groups, lambda: self.groups.is_main and layout.mark_best(self.checkpoints, best), f"marking {path}")
+        return path
 
     def _layout(self) -> dict:
         """What decides which rank draws which random numbers."""
@@ -154,7 +182,7 @@ class Checkpointer:
                 raise UserError("holds checkpoints of an earlier run, which a fresh one would mix with its own",
                                 where=str(self.checkpoints), fix="Choose another --output_dir, or resume")
             return None
-        found = layout.latest(self.checkpoints) if wanted == "auto" else layout.find(wanted)
+        found = layout.latest(self.checkpoints) if wanted == "auto" else layout.find(wanted, newest=True)
         newer = [p for p in layout.existing(self.checkpoints) if found and layout.step_of(p) > layout.step_of(found)]
         if newer:  # the run would come to a step that exists, and its save be refused after the work is done
             raise UserError(f"is newer than {found}, from which the run would go on", where=str(newer[-1]),
@@ -169,8 +197,9 @@ class Checkpointer:
         """
         what = f"loading {path}"
         agree(self.groups, lambda: self.groups.is_main and layout.verify(path), what)
-        _check_model(path, self.cfg)
+        check_model(path, self.cfg)
         record = read_state(path)
+        adapters.check(path, record, self.cfg, self.base)
         for name, value in self.identity.items():
             if record.get(name) not in (None, value):
                 raise UserError(f"is a checkpoint of another vocabulary: {name} {record[name]} (here {value})",
@@ -179,6 +208,9 @@ class Checkpointer:
         if record["version"] != _VERSION:
             raise UserError("was saved by another version of the engine, whose optimizer state this one cannot read",
                             where=str(path), fix="Resume it with the version that saved it; its weights load here")
+        if record["optimizer"] is None:
+            raise UserError("holds weights alone, without the optimizer's state of a run to go on with",
+                            where=str(path), fix=f"Start from it with --init_from {path}, in another --output_dir")
         if record["optimizer"] != self.cfg.train.optimizer:
             raise UserError(f"was saved with train.optimizer {record['optimizer']} (here {self.cfg.train.optimizer}), "
                             "which keeps other state", where=str(path), fix="Set it as it was")

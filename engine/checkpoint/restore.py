@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine import launch
-from engine.checkpoint import layout, sharded
+from engine.checkpoint import adapters, layout, sharded
 from engine.checkpoint.manager import agree, read_state
 from engine.config import Config, ParallelConfig, layouts, load_config, vocabulary
 from engine.config.inference import EvaluationLayout, ModelLayout
@@ -92,9 +93,13 @@ def check_layout(cfg: Config, seq_length: int | None = None) -> None:
     cfg.data_parallel_size(launch.world_size(), training=False)
 
 
-def load(plan: Plan, *, verify: bool = True) -> Restored:
+LoadBase = Callable[[Path, str, list[Any], Config, Groups], None]  # engine.origin.load_base
+
+
+def load(plan: Plan, *, verify: bool = True, load_base: LoadBase | None = None) -> Restored:
     """Builds the model under the plan's layout and loads its weights, whatever layout they were saved under.
 
+    ``load_base``: fills the frozen weights of a checkpoint of adapters, which holds no others.
     Collective over all ranks. Raises ``UserError`` on all of them when the checkpoint is damaged.
     """
     checkpoint, cfg = plan.path, plan.cfg
@@ -103,18 +108,25 @@ def load(plan: Plan, *, verify: bool = True) -> Restored:
         agree(groups, lambda: groups.is_main and layout.verify(checkpoint), f"loading {checkpoint}")
     tokenizer = load_tokenizer(checkpoint / "tokenizer")
     chunks = build.model(cfg, groups, vocabulary(cfg.model, tokenizer.vocab_size))
+    record = read_state(checkpoint)
+    if cfg.lora is not None:
+        base = adapters.base_of(checkpoint, record)
+        if load_base is None:
+            raise UserError("is a checkpoint of adapters, which this command cannot read", where=str(checkpoint),
+                            fix="Merge them into their base first: mainspring export --merge")
+        load_base(base.path, base.sha256, chunks, cfg, groups)
     sharded.load(checkpoint / "sharded", chunks, None, groups)
     for chunk in chunks:
         chunk.eval()
     assert next(chunks[0].parameters()).dtype == resolve_precision(cfg.train.precision, groups.device)
-    return Restored(checkpoint, cfg, groups, chunks, tokenizer, read_state(checkpoint))
+    return Restored(checkpoint, cfg, groups, chunks, tokenizer, record)
 
 
 def model(path: Path | str, *, device: str = "auto", precision: str = "auto", parallel: ModelLayout | None = None,
-          verify: bool = True) -> Restored:
+          verify: bool = True, load_base: LoadBase | None = None) -> Restored:
     """``plan`` and ``load``: loads weights, whatever layout they were saved under, under ``parallel``.
 
     ``precision`` "auto" is the dtype the model was trained in, where this device has it. Raises ``UserError`` when
     ``path`` holds no checkpoint or a damaged one, or when the layout does not fit.
     """
-    return load(plan(path, device=device, precision=precision, parallel=parallel), verify=verify)
+    return load(plan(path, device=device, precision=precision, parallel=parallel), verify=verify, load_base=load_base)

@@ -23,9 +23,9 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from engine.checkpoint import optimizer_state
+from engine.checkpoint import optimizer_state, quantized_base
 from engine.errors import UserError
-from engine.model import fp8
+from engine.model import fp8, lora, quantized
 from engine.parallel import cpu
 from engine.parallel.topology import Groups
 from engine.parallel.wrap import gather_parameters, unwrap
@@ -104,12 +104,29 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         return request._replace(async_fn=write)
 
 
-def _model_state(chunks, groups: Groups) -> dict:
-    """The model's tensors with their places in the unsplit ones. The chunk's number is in no key of the checkpoint."""
+def _model_state(chunks, groups: Groups, *, base: bool = False) -> dict:
+    """The model's tensors with their places in the unsplit ones. The chunk's number is in no key of the checkpoint.
+
+    Of a model with adapters they alone, or with ``base`` all the others.
+    """
     if groups.device.type != "cuda":
         cpu.install()  # megatron's checkpointing may have been imported after the groups were built
     metadata = {"singleton_local_shards": False, "dp_cp_group": groups.pg.dp_cp}
-    return {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    with lora.detached(chunks) if base else contextlib.nullcontext():
+        state = {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    if base or not any(lora.adapters(chunks)):
+        return state
+    return {part: {key: value for key, value in tensors.items() if lora.is_adapter(key)}
+            for part, tensors in state.items()}
+
+
+def _fill_model(chunks, loaded: dict, *, base: bool) -> None:
+    with lora.detached(chunks) if base else contextlib.nullcontext():
+        partial = any(lora.adapters(chunks))
+        for i, chunk in enumerate(chunks):
+            found = unwrap(chunk).load_state_dict(loaded.get(f"model{i}", {}), strict=not partial)
+            assert not found.unexpected_keys, found
+            assert not any(map(lora.is_adapter, found.missing_keys)), found
 
 
 def save(directory: Path, chunks, optimizer, groups: Groups) -> None:
@@ -121,7 +138,8 @@ def save(directory: Path, chunks, optimizer, groups: Groups) -> None:
     failures = _Failures()
     gather_parameters(chunks)
     state = _model_state(chunks, groups)
-    state |= optimizer_state.to_save(optimizer, optimizer_state.by_parameter(state), groups)
+    if optimizer is not None:  # imported weights have none
+        state |= optimizer_state.to_save(optimizer, optimizer_state.by_parameter(state), groups)
     state["fp8"] = fp8.to_checkpoint(chunks)
     with _guarded_rank_0(failures):
         dist_checkpointing.save(state, str(directory), sharded_strategy=InProcessSave(failures))
@@ -136,9 +154,10 @@ def _explain(error: BaseException, directory: Path) -> UserError:
                      fix="Load it with the model section of its own config.yaml")
 
 
-def _read(directory: Path, wanted: dict) -> Any:
+def _read(directory: Path, wanted: dict, *, all_ranks_ask_for_all: bool = True) -> Any:
     try:
-        return dist_checkpointing.load(wanted, str(directory), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+        return dist_checkpointing.load(wanted, str(directory), strict=StrictHandling.ASSUME_OK_UNEXPECTED,
+                                       validate_access_integrity=all_ranks_ask_for_all)
     except (CheckpointingException, CheckpointException, KeyError, ValueError, RuntimeError) as error:
         raise _explain(error, directory) from error
 
@@ -168,16 +187,36 @@ def _check_keys(asked: set[str], stored: set[str], spare: set[str], directory: P
                             where=str(directory.parent), fix="Load it with the model section of its own config.yaml")
 
 
+def _is_base(directory: Path, stored: set[str], chunks, optimizer, groups: Groups) -> bool:
+    """Whether the checkpoint is of the whole model that this one's adapters are beside."""
+    adapted: list = [None] * groups.world_size
+    dist.all_gather_object(adapted, any(lora.adapters(chunks)))
+    of_adapters = any(map(lora.is_adapter, stored))
+    if of_adapters and not any(adapted):
+        raise UserError("holds adapters, not a model", where=str(directory.parent),
+                        fix="Merge them into their base first: mainspring export --merge")
+    if any(adapted) and not of_adapters and optimizer is not None:
+        raise UserError("holds a model and no adapters, which this run trains", where=str(directory.parent),
+                        fix="Start from it with --init_from, in another --output_dir")
+    return any(adapted) and not of_adapters
+
+
 def load(directory: Path, chunks, optimizer, groups: Groups) -> None:
     """Loads weights, and the optimizer's state unless it is None, whatever layout they were saved under.
 
     A run in fp32 goes on from the fp32 weights behind a checkpoint's 16-bit ones, and one in 16 bits from fp32 ones.
 
+    A model with adapters gets them from a checkpoint of adapters, and its frozen weights from one without.
+
     Raises ``UserError`` when the checkpoint holds another model: a tensor that is missing, left over, or of another
     shape.
     """
-    state, types = _model_state(chunks, groups), _stored_types(directory)
+    types = _stored_types(directory)
     stored = set(types)
+    frozen = _is_base(directory, stored, chunks, optimizer, groups)
+    with quantized.as_parameters(chunks):
+        state = _model_state(chunks, groups, base=frozen)
+    base = quantized_base.take(state, chunks)
     sharding = optimizer_state.by_parameter(state)
     restoring = optimizer_state.Restoring()
     if optimizer is None:
@@ -191,10 +230,11 @@ def load(directory: Path, chunks, optimizer, groups: Groups) -> None:
     state["fp8"] = fp8.to_checkpoint(chunks, stored)
     spare |= {key for key in stored if key.startswith(fp8.CHECKPOINT_PREFIX)}
     model_keys = {value.key for value in nested_values(state) if isinstance(value, ShardedBase)}
+    model_keys |= {place.key for layer in base for _, place in layer.values()}
     _check_keys(model_keys | restoring.keys(), stored, spare, directory, groups)
     loaded = _read(directory, state | {"optimizer": restoring.wanted})
-    for i, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[f"model{i}"])
+    _fill_model(chunks, loaded, base=frozen)
+    quantized_base.fill(base, lambda wanted: _read(directory, wanted, all_ranks_ask_for_all=False))
     fp8.fill(chunks, loaded.get("fp8", {}))
     if optimizer is None:
         return

@@ -8,7 +8,7 @@ from engine.config.model import Llama3RopeConfig, ModelConfig, MoEConfig, YarnCo
 from engine.config.parameters import count as parameter_count
 from engine.config.parameters import padded_vocab_size, vocabulary
 from engine.config.presets import PRESETS
-from engine.config.schema import Config
+from engine.config.schema import STAGES, Config
 from engine.config.sections import (
     BatchSizeSchedule,
     BlendEntry,
@@ -21,19 +21,24 @@ from engine.config.sections import (
     SeqLengthStage,
     TrainConfig,
 )
+from engine.config.stages import DpoConfig, ExamplesConfig, LoraConfig, Source
 from engine.config.yaml_io import dump_yaml, load_yaml
 
 __all__ = [
     "PRESETS",
+    "STAGES",
     "AdamWConfig",
     "BatchSizeSchedule",
     "BlendEntry",
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DpoConfig",
     "EvaluationConfig",
+    "ExamplesConfig",
     "Llama3RopeConfig",
     "LoggingConfig",
+    "LoraConfig",
     "MoEConfig",
     "ModelConfig",
     "MuonConfig",
@@ -41,6 +46,7 @@ __all__ = [
     "Problem",
     "Section",
     "SeqLengthStage",
+    "Source",
     "TrainConfig",
     "YarnConfig",
     "build",

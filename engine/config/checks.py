@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from engine.config import fp8, layouts
+from engine.config import fp8, layouts, nf4
 from engine.config.base import Problem
 
 if TYPE_CHECKING:
@@ -13,11 +13,41 @@ if TYPE_CHECKING:
 
 
 def contradictions(cfg: Config) -> Iterator[Problem]:
-    yield from layouts.problems(cfg)
-    yield from _lengths(cfg)
+    yield from _stage(cfg)
+    if not cfg.awaits_model():  # else whoever finds out the model's shape checks again
+        yield from layouts.problems(cfg)
+        yield from _lengths(cfg)
+        yield from nf4.widths(cfg)
     yield from _precision(cfg)
     yield from fp8.problems(cfg)
+    yield from nf4.problems(cfg)
     yield from _recovery(cfg)
+
+
+def _stage(cfg: Config) -> Iterator[Problem]:
+    reads_examples = cfg.stage in ("sft", "dpo", "lora")
+    if cfg.stage == "pretrain" and cfg.init_from is not None:
+        yield Problem("init_from", "starts from trained weights, but stage is pretrain", "Use the stage midtrain")
+    if cfg.lora is not None and not reads_examples:
+        yield Problem("lora", f"adapters are not for the stage {cfg.stage}", "Set lora to null, or use the stage lora")
+    if cfg.lora is not None and cfg.train.optimizer == "muon":
+        yield Problem("train.optimizer", "muon is for whole weights, but lora trains adapters", "Use adamw")
+    if cfg.lora is not None and cfg.model.backend == "te":
+        yield Problem("model.backend", "te has no adapters (lora)", "Use backend engine")
+    if not reads_examples:
+        return
+    if cfg.data.path is not None or cfg.data.blend:
+        yield Problem("data.path" if cfg.data.path else "data.blend", f"the stage {cfg.stage} reads no prepared tokens",
+                      "Name its examples in examples.train")
+    if cfg.train.seq_length_schedule:
+        yield Problem("train.seq_length_schedule", f"rows of the stage {cfg.stage} have one length, model.seq_length",
+                      "Remove it")
+    if cfg.model.backend == "te" and (cfg.examples.packing or cfg.stage == "dpo"):
+        yield Problem("model.backend", "te cannot keep packed examples apart (examples.packing)", "Use backend engine")
+    if cfg.stage == "dpo" and (cfg.train.label_smoothing or cfg.train.z_loss):
+        name = "label_smoothing" if cfg.train.label_smoothing else "z_loss"
+        yield Problem(f"train.{name}", "is of the next-token loss, which the stage dpo has not",
+                      "Set it to 0" + (", or use dpo.label_smoothing" if name == "label_smoothing" else ""))
 
 
 def _lengths(cfg: Config) -> Iterator[Problem]:

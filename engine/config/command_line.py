@@ -17,13 +17,15 @@ from engine.errors import UserError
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def parse(model: type[Model], argv: Sequence[str], *, prog: str, aliases: Mapping[str, str] | None = None) -> Model:
+def parse(model: type[Model], argv: Sequence[str], *, prog: str, aliases: Mapping[str, str] | None = None,
+          fixed: Mapping[str, Any] | None = None) -> Model:
     """A configuration from ``argv``, later words over earlier ones, and all of them over ``--config`` files.
 
     Understands ``--config FILE``, ``--a.b value``, ``--a.b=value``, ``a.b=value``, ``--flag`` and ``--no-flag`` for
     true/false fields, lists by repetition or as ``[a, b]``, ``null``, dashes for underscores, ``--help`` and
     ``--print-config`` (which print and raise ``SystemExit(0)``), and leaves ``--debug`` to the caller. ``aliases`` maps
-    short flags to dotted paths, beside those that the model declares in a class variable ``aliases``.
+    short flags to dotted paths, beside those that the model declares in a class variable ``aliases``. ``fixed``: top-
+    level fields that this command has the value of, and that may not be given another.
 
     Raises:
         UserError: one line with the file and line, or the flag, the field, and the way out.
@@ -34,7 +36,12 @@ def parse(model: type[Model], argv: Sequence[str], *, prog: str, aliases: Mappin
     if line.help:
         print(help_text.render(model, prog, known))
         raise SystemExit(0)
-    config = build(model, line.merged(), line.locate)
+    data = line.merged()
+    for name, value in (fixed or {}).items():
+        if data.setdefault(name, value) != value:
+            raise UserError(f"is {brief(data[name])}, but {prog} is for {value}", where=line.locate((name,)) or name,
+                            fix=f"Start the command of {name} {brief(data[name])}, or leave {name} out")
+    config = build(model, data, line.locate)
     if line.print_config:
         print(dump_yaml(config), end="")
         raise SystemExit(0)

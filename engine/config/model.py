@@ -65,6 +65,7 @@ class YarnConfig(Section):
     original_seq_length: int = option(4096, "context length before the stretch", "tokens", ge=1, le=2**31)
     beta_fast: float = option(32.0, "rotations above which a dimension keeps its frequency", "rotations", gt=0)
     beta_slow: float = option(1.0, "rotations below which a dimension is stretched in full", "rotations", gt=0)
+    truncate: bool = option(False, "round both ends to whole dimensions (Qwen: true; GPT-OSS: false)")
 
     def problems(self) -> Iterator[Problem]:
         if self.beta_slow >= self.beta_fast:
@@ -211,7 +212,8 @@ class ModelConfig(Section):
                 continue
             if self.backend == "te":
                 yield Problem(name, "is built into the engine's attention, but backend is te", "Use backend engine")
-            if self.seq_length > stretch.factor * stretch.original_seq_length:
+            # Llama 3.1 itself is trained on 131,072 tokens with a factor of 8 and 8,192.
+            if name == "yarn" and self.seq_length > stretch.factor * stretch.original_seq_length:
                 longest = int(stretch.factor * stretch.original_seq_length)
                 yield Problem(
                     f"{name}.factor",

@@ -299,6 +299,13 @@ class CheckpointConfig(Section):
     )
     keep_last: int = option(2, "newest checkpoints to keep", "checkpoints", ge=1, le=10**6)
     keep_best: bool = option(True, "also keep the one with the lowest validation loss (of steps also evaluated)")
+    load_best_at_end: bool = option(
+        False, "the run ends with the weights of that one, which is also what later stages and commands then find"
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        if self.load_best_at_end and not self.keep_best:
+            yield Problem("load_best_at_end", "needs the best checkpoint, but keep_best is false", "Set keep_best true")
 
 
 class EvaluationConfig(Section):

@@ -141,9 +141,13 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def dump_yaml(model: BaseModel) -> str:
-    """Every field of a configuration as YAML, which reads back as an equal configuration."""
+    """Every field of a configuration as YAML, which reads back as an equal configuration: but of a model whose shape
+    comes with its weights (``Config.awaits_model``) only those that were set."""
+    data = model.model_dump(mode="json")
+    if getattr(model, "awaits_model", bool)():
+        data["model"] = model.model_dump(mode="json", include={"model"}, exclude_unset=True).get("model", {})
     return yaml.dump(
-        model.model_dump(mode="json"),
+        data,
         Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,

@@ -56,6 +56,15 @@ class BlendIndex:
                 source_p[chosen], own_p[chosen] = source[place_p[chosen]], own[place_p[chosen]]
         return source_p, own_p
 
+    def counts(self, blocks: int) -> np.ndarray:
+        """How many of the blend's first ``blocks`` blocks each source gives, int64 [sources]."""
+        if len(self.weights) == 1:
+            return np.array([blocks], np.int64)
+        number, rest = divmod(blocks, _CHUNK)
+        with self._lock:
+            self._chunk(number)
+            return _index.blend(self.weights, *self._states[number], rest)[3]
+
     def _chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         if number not in self._held:
             while len(self._states) <= number:  # a resume far in: 10^9 blocks of ten sources take some 10 s

@@ -1,26 +1,24 @@
 """From a position in the token stream to this rank's micro-batches.
 
 b rows of a micro-batch, s tokens of a row. Sample j of a global batch reads [position + j s, position + (j + 1) s)
-of the stream; row k of micro-batch m on data-parallel rank r is j = (m dp_size + r) b + k. So the samples and their
-order do not depend on dp_size, the micro-batch size or the number of reader threads.
+of the stream; which rank reads which: engine/data/ahead.py.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from engine.data.ahead import Step, StepReader
 from engine.data.blend import BlendIndex
 from engine.data.evaluation import EvaluationRows
 from engine.data.index_cache import IndexCache, default_folder
-from engine.data.prefetch import ReaderPool
 from engine.data.prepared import PreparedSplit, open_split
 from engine.data.samples import SampleIndex
 from engine.data.stream import TokenStream
@@ -28,11 +26,22 @@ from engine.errors import UserError
 
 
 @dataclass
+class Pairs:
+    """The p preference pairs of a micro-batch, each within one of its rows."""
+
+    branch_bs: torch.Tensor  # int64: 2 i where the label is of pair i's chosen answer, 2 i + 1 of the rejected, else -1
+    ids_p: torch.Tensor  # int64: the pair's place in the dataset
+    reference_p2: torch.Tensor | None = None  # float64: the reference's, of chosen and rejected, summed
+
+
+@dataclass
 class Batch:
     """One micro-batch, CPU tensors [b, s]. labels are the next tokens; loss_mask 1 where they count, 0 in padding.
 
     Rows packed with documents that do not see each other say where these end: cu_seqlens_b holds for each row the
-    boundaries [0, …, s], and position_ids restart at each.
+    boundaries [0, …, s], and position_ids restart at each. A document may go on from another: prefixes_b holds for each
+    row, for each of its documents, the range [first, end) of the row whose keys its tokens see before their own, or
+    None; its position_ids then begin at end - first.
     """
 
     tokens_bs: torch.Tensor  # int64
@@ -40,34 +49,26 @@ class Batch:
     loss_mask_bs: torch.Tensor  # float32
     position_ids_bs: torch.Tensor  # int64
     cu_seqlens_b: list[torch.Tensor] | None = None  # int32, one a row
+    prefixes_b: list[list[tuple[int, int] | None]] | None = None
+    pairs: Pairs | None = None
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What one call of micro_batches reads; positions and lengths in tokens, batch sizes in sequences."""
-
-    position: int
-    global_batch_size: int
-    micro_batch_size: int
-    seq_length: int
-
-    def next(self) -> _Step:
-        end = self.position + self.global_batch_size * self.seq_length
-        return _Step(end, self.global_batch_size, self.micro_batch_size, self.seq_length)
+def uncounted(batch: Batch) -> Batch:
+    """The same rows, of which nothing counts."""
+    pairs = batch.pairs
+    if pairs is not None:
+        pairs = replace(pairs, branch_bs=torch.full_like(pairs.branch_bs, -1), ids_p=pairs.ids_p[:0],
+                        reference_p2=None if pairs.reference_p2 is None else pairs.reference_p2[:0])
+    return replace(batch, loss_mask_bs=torch.zeros_like(batch.loss_mask_bs), pairs=pairs)
 
 
-class Loader:
+class Loader(StepReader):
     """Reads one split for one data-parallel rank; made by `build`. Close it, or use it as a context manager."""
 
     def __init__(self, splits: list[PreparedSplit], weights: list[float], *, seq_length: int, seed: int,
                  caches: list[IndexCache], dp_rank: int, dp_size: int, num_workers: int):
-        if not 0 <= dp_rank < dp_size:
-            raise ValueError(f"dp_rank {dp_rank} of dp_size {dp_size}")
-        self.seq_length, self.dp_rank, self.dp_size = seq_length, dp_rank, dp_size
+        super().__init__(seq_length=seq_length, dp_rank=dp_rank, dp_size=dp_size, num_workers=num_workers)
         self._splits, self._weights, self._seed, self._caches = splits, weights, seed, caches
-        self._pool = ReaderPool(num_workers)
-        self._ahead: tuple[_Step, list[Future]] | None = None
-        self._closed = False
 
     @functools.cached_property
     def stream(self) -> TokenStream:
@@ -81,31 +82,13 @@ class Loader:
         """Tokens of the split, all sources together."""
         return sum(split.dataset.num_tokens for split in self._splits)
 
-    def micro_batches(
-        self, position_tokens: int, *, global_batch_size: int, micro_batch_size: int, seq_length: int
-    ) -> Iterator[Batch]:
-        """This rank's micro-batches of the global batch at a position; see the top of the file.
-
-        The reader threads go on with the step that follows, and a call that continues there finds it read. Raises
-        UserError when the batch does not divide or the length exceeds model.seq_length; errors of reading are raised
-        by the iterator.
-        """
-        step = _Step(position_tokens, global_batch_size, micro_batch_size, seq_length)
-        self._check(step)
-        if self._ahead is not None and self._ahead[0] == step:
-            batches = self._ahead[1]
-            self._ahead = None
-        else:
-            batches = self._submit(step)
-        if self._ahead is None or self._ahead[0] != step.next():  # a pipeline stage may ask for the same step twice
-            self._drop_ahead()
-            self._ahead = (step.next(), self._submit(step.next()))
-        return _results(batches)
+    def _reader(self) -> Callable[[np.ndarray, int], Batch]:
+        return functools.partial(_read, self.stream)
 
     def sample_ids(self, position_tokens: int, global_batch_size: int, seq_length: int) -> list:
         """What every sample of the global batch (all ranks) reads, in order, for audits: a tuple of pieces
         (source, epoch, block, offset in the block, length)."""
-        self._check(_Step(position_tokens, global_batch_size, 1, seq_length), whole_batch=True)
+        self._check(Step(position_tokens, global_batch_size, 1, seq_length), whole_batch=True)
         position_b = position_tokens + np.arange(global_batch_size, dtype=np.int64) * seq_length
         return self.stream.ids(position_b, seq_length)
 
@@ -114,8 +97,7 @@ class Loader:
     ) -> Iterator[Batch]:
         """The split in file order, unshuffled: every token but a source's first is predicted exactly once over all
         ranks. The last rows are padded with loss_mask 0, and every rank gets the same number of batches."""
-        if self._closed:
-            raise RuntimeError("the loader is closed")
+        self._check_open()
         rows = EvaluationRows(self._splits, seq_length)
         count = len(rows) if max_sequences is None else min(len(rows), max_sequences)
         stride = micro_batch_size * self.dp_size
@@ -123,47 +105,8 @@ class Loader:
             row_b = first + self.dp_rank * micro_batch_size + np.arange(micro_batch_size)
             yield _batch(*rows.read(row_b, count))
 
-    def close(self) -> None:
-        """Ends the reader threads. The loader cannot be read afterwards."""
-        self._closed = True
-        self._drop_ahead()
-        self._pool.close()
-
     def __enter__(self) -> Loader:
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _check(self, step: _Step, whole_batch: bool = False) -> None:
-        if self._closed:
-            raise RuntimeError("the loader is closed")
-        if not 1 <= step.seq_length <= self.seq_length:
-            raise UserError(f"{step.seq_length} tokens are not between 1 and model.seq_length ({self.seq_length})",
-                            where="train.seq_length_schedule", fix="Shorten it or raise model.seq_length")
-        per_round = step.micro_batch_size * (1 if whole_batch else self.dp_size)
-        if per_round < 1 or step.global_batch_size < 1 or step.global_batch_size % per_round:
-            raise UserError(
-                f"{step.global_batch_size} sequences do not divide into micro-batches of {step.micro_batch_size} on "
-                f"{self.dp_size} data-parallel ranks",
-                where="train.global_batch_size", fix=f"Make it a multiple of {max(per_round, 1)}",
-            )
-        if step.position < 0:
-            raise ValueError(f"position {step.position} is negative")
-
-    def _submit(self, step: _Step) -> list[Future]:
-        rounds = step.global_batch_size // (step.micro_batch_size * self.dp_size)
-        return [self._pool.submit(functools.partial(_read, self.stream, self._positions(step, m), step.seq_length))
-                for m in range(rounds)]
-
-    def _positions(self, step: _Step, micro_batch: int) -> np.ndarray:
-        first = (micro_batch * self.dp_size + self.dp_rank) * step.micro_batch_size
-        return step.position + (first + np.arange(step.micro_batch_size, dtype=np.int64)) * step.seq_length
-
-    def _drop_ahead(self) -> None:
-        for future in self._ahead[1] if self._ahead else ():
-            future.cancel()
-        self._ahead = None
 
 
 def build(cfg: Any, split: str, *, dp_rank: int, dp_size: int) -> Loader:
@@ -192,12 +135,6 @@ def build(cfg: Any, split: str, *, dp_rank: int, dp_size: int) -> Loader:
     if split == "train":
         _ = loader.stream  # too little data is an error now, not at the first step
     return loader
-
-
-def _results(batches: list[Future]) -> Iterator[Batch]:
-    batches.reverse()
-    while batches:
-        yield batches.pop().result()  # popped first: a batch the caller is done with is freed
 
 
 def _read(stream: TokenStream, position_b: np.ndarray, seq_length: int) -> Batch:

@@ -37,17 +37,17 @@ Log = Callable[[str], None]
 _CHECKED_DOCUMENTS, _CHECKED_BYTES = 32, 100_000
 
 
-def _silent(line: str) -> None:
+def silent(line: str) -> None:
     """Where nobody wants to know."""
 
 
-def prepare(config: PrepareConfig, *, log: Log = _silent, progress: Log = _silent) -> dict[str, Any]:
+def prepare(config: PrepareConfig, *, log: Log = silent, progress: Log = silent) -> dict[str, Any]:
     """Make ``config.output`` and return its manifest; one that is there, unchanged and whole, is reused.
 
     ``log`` gets a line for each thing done, ``progress`` many short ones. Raises UserError with nothing half-written.
     """
     rules = select_rules(config.skip_rule)
-    with _as_user_error(config.output):
+    with as_user_error(config.output):
         staging.recover(config.output)
         _check_place(config)
         listing = list_files(config)
@@ -89,7 +89,7 @@ def _reuse(config: PrepareConfig, listing: Listing, settings: dict, log: Log) ->
 
 
 @contextlib.contextmanager
-def _as_user_error(output: Path) -> Iterator[None]:
+def as_user_error(output: Path) -> Iterator[None]:
     # The reader quarantines what it cannot read; what comes here is mostly writing: no space, no permission.
     try:
         yield
@@ -257,7 +257,7 @@ def _nothing_left(config: PrepareConfig, read: int, cleaner: Cleaner, quarantine
     )  # fmt: skip
 
 
-class _Console:
+class Console:
     """Lines on stderr; progress overwrites itself on a terminal and is a line every ten seconds in a log."""
 
     def __init__(self) -> None:
@@ -279,7 +279,7 @@ def main(argv: list[str]) -> int:
     from engine.config import parse
 
     config = parse(PrepareConfig, argv, prog="mainspring prepare")
-    console = _Console()
+    console = Console()
     manifest = prepare(config, log=console.log, progress=console.progress)
     for split, numbers in manifest["splits"].items():
         print(f"{split}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens")

@@ -63,8 +63,8 @@ class Quarantine:
         }
 
 
-class _Bad(Exception):
-    """A file or line that holds no document."""
+class Refused(Exception):
+    """A file or line that holds nothing of use."""
 
     def __init__(self, reason: str, detail: str, fix: str = "Mend or remove it."):
         super().__init__(detail)
@@ -93,10 +93,10 @@ class Reader:
                     yield from self._jsonl(file, stream)
                 else:
                     yield self._whole(file, stream)
-        except _Bad as bad:
+        except Refused as bad:
             self._refuse_file(file, path, bad)
         except OSError as error:
-            self._refuse_file(file, path, _Bad("unreadable", error.strerror or str(error), "Check its permissions."))
+            self._refuse_file(file, path, Refused("unreadable", error.strerror or str(error), "Check its permissions."))
             return
         self.sha256 = self._digest.hexdigest()
 
@@ -110,7 +110,7 @@ class Reader:
                 fix="Mend them, or raise --max_bad_fraction.",
             )
 
-    def _refuse_file(self, file: SourceFile, path: str, bad: _Bad) -> None:
+    def _refuse_file(self, file: SourceFile, path: str, bad: Refused) -> None:
         if file.direct:
             raise UserError(bad.detail, where=path, fix=bad.fix)
         self.quarantine.add(path, None, bad.reason, bad.detail)
@@ -131,9 +131,9 @@ class Reader:
         while self._read(stream, _CHUNK):
             pass
         truncated = self.size > limit
-        text = _decode(raw, final=not truncated)
+        text = decode_utf8(raw, final=not truncated)
         if raw.count(0) > _MAX_NUL_SHARE * len(raw):
-            raise _Bad("not_text", "not a text file (NUL bytes)", _CONVERT)
+            raise Refused("not_text", "not a text file (NUL bytes)", _CONVERT)
         return Document(text, _text_kind(file), show(file.path), truncated)
 
     def _jsonl(self, file: SourceFile, stream: BinaryIO) -> Iterator[Document]:
@@ -144,7 +144,7 @@ class Reader:
             self.records += 1
             try:
                 text = self._text_of(raw)
-            except _Bad as bad:
+            except Refused as bad:
                 if file.direct and first:
                     raise UserError(bad.detail, where=f"{path}:{number}", fix=bad.fix) from None
                 self.first_bad = self.first_bad or f"{path}:{number}: {bad.detail}"
@@ -170,16 +170,17 @@ class Reader:
 
     def _text_of(self, raw: bytes | None) -> str:
         if raw is None:
-            raise _Bad("line_too_long", f"longer than {self.config.max_line_mb:g} MB", "Raise --max_line_mb.")
-        record = _parse(_decode(raw).rstrip("\r\n"))  # else a cut record is reported at column 1 of the next line
+            raise Refused("line_too_long", f"longer than {self.config.max_line_mb:g} MB", "Raise --max_line_mb.")
+        # Without its end: else a cut record is reported at column 1 of the next line.
+        record = parse_json(decode_utf8(raw).rstrip("\r\n"))
         if not isinstance(record, dict):
-            raise _Bad("not_an_object", f"a JSON {_NAMES.get(type(record), 'null')}, not an object with fields")
+            raise Refused("not_an_object", f"a JSON {_NAMES.get(type(record), 'null')}, not an object with fields")
         name = self.config.text_field
         if name not in record:
-            raise _Bad("no_text_field", f"no field {name!r} (fields: {_some(record)})", "Name it with --text_field.")
+            raise Refused("no_text_field", f"no field {name!r} (fields: {_some(record)})", "Name it with --text_field.")
         if not isinstance(record[name], str):
             detail = f"field {name!r} holds {_NAMES.get(type(record[name]), 'null')}, not text"
-            raise _Bad("text_not_a_string", detail, "Name another with --text_field.")
+            raise Refused("text_not_a_string", detail, "Name another with --text_field.")
         return record[name]
 
 
@@ -196,26 +197,26 @@ def _some(record: dict) -> str:
     return (", ".join(names) + (", …" if len(record) > 10 else "")) or "none"
 
 
-def _decode(raw: bytes, *, final: bool = True) -> str:
+def decode_utf8(raw: bytes, *, final: bool = True) -> str:
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise _Bad("not_utf8", "UTF-16 text, not UTF-8", "Convert it with: iconv -f UTF-16 -t UTF-8.")
+        raise Refused("not_utf8", "UTF-16 text, not UTF-8", "Convert it with: iconv -f UTF-16 -t UTF-8.")
     try:
         return codecs.getincrementaldecoder("utf-8")().decode(raw, final)
     except UnicodeDecodeError as error:
         detail = f"not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {error.start:,})"
-        raise _Bad("not_utf8", detail, _CONVERT) from None
+        raise Refused("not_utf8", detail, _CONVERT) from None
 
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _parse(line: str) -> object:
+def parse_json(line: str) -> object:
     try:
         return json.loads(line, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        raise _Bad("not_json", f"not JSON ({error.msg} at column {error.colno:,})") from None
+        raise Refused("not_json", f"not JSON ({error.msg} at column {error.colno:,})") from None
     except ValueError as error:  # NaN, Infinity, an integer of more than 4300 digits
-        raise _Bad("not_json", f"not JSON ({error})") from None
+        raise Refused("not_json", f"not JSON ({error})") from None
     except RecursionError:
-        raise _Bad("too_deep", "nested too deeply to parse", "Flatten it.") from None
+        raise Refused("too_deep", "nested too deeply to parse", "Flatten it.") from None

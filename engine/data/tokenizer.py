@@ -25,6 +25,8 @@ CONFIG = "tokenizer_config.json"
 _KINDS = "Give a tokenizer.json, a directory that holds one, or a SentencePiece .model."
 # Travel with a Hugging Face tokenizer; none of them changes an id.
 COMPANIONS = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+MODELS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZER_FILES = frozenset([*MODELS, CONFIG, *COMPANIONS])
 
 
 class Tokenizer(ABC):
@@ -33,6 +35,7 @@ class Tokenizer(ABC):
     vocab_size: int
     eod_id: int
     eod_token: str
+    config: dict  # what tokenizer_config.json said, {} without one
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -73,7 +76,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the binding raises nothing more precise
             raise _not_a_tokenizer(where, str(error)) from None
         self._text = text
-        self._config = config or {}
+        self.config = self._config = config or {}
         self.companions: dict[str, bytes] = {}
         # None of these belongs into pretraining data, and a file can switch on each of them.
         self._model.no_truncation()
@@ -110,6 +113,11 @@ class HuggingFaceTokenizer(Tokenizer):
         _write_config(directory, defaults | {"eos_token": self.eod_token} | self._config, self.eod_token)
 
     @property
+    def text(self) -> str:
+        """The tokenizer.json as it was read."""
+        return self._text
+
+    @property
     def _content(self) -> bytes:
         # Sorted and unspaced: a tokenizer.json that was only re-indented is the same tokenizer.
         return json.dumps(json.loads(self._text), sort_keys=True, separators=(",", ":")).encode()
@@ -126,7 +134,7 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as error:
             raise _not_a_tokenizer(where, str(error)) from None
         self._proto = proto
-        self._config = config or {}
+        self.config = self._config = config or {}
         self.vocab_size = len(self._model)
         if self.vocab_size == 0:
             raise _not_a_tokenizer(where, "its vocabulary is empty")
@@ -152,6 +160,11 @@ class SentencePieceTokenizer(Tokenizer):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.model").write_bytes(self._proto)
         _write_config(directory, {"eos_token": self.eod_token} | self._config, self.eod_token)
+
+    @property
+    def proto(self) -> bytes:
+        """The .model as it was read."""
+        return self._proto
 
     @property
     def _content(self) -> bytes:
@@ -230,7 +243,7 @@ def _find_eod(vocabulary: dict[str, int], config: dict, wanted: str | None, wher
 
 def _file_in(directory: Path) -> Path:
     for folder in (directory, directory / "tokenizer"):
-        for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+        for name in MODELS:
             if (folder / name).is_file():
                 return folder / name
     raise UserError(

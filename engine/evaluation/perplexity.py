@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from engine.data.loader import Loader
+from engine.data.loader import Loader, uncounted
 from engine.model import forward
+from engine.model.objective import NEXT_TOKEN, Objective
 from engine.parallel.topology import Groups
 
 
@@ -24,10 +23,12 @@ def evaluate(
     micro_batch_size: int,
     seq_length: int,
     max_sequences: int | None = None,
+    objective: Objective = NEXT_TOKEN,
 ) -> dict[str, float]:
     """Every token of the split (or of its first ``max_sequences`` rows) predicted once, in file order.
 
-    Returns loss (nats a token), perplexity, accuracy (share of tokens predicted exactly), tokens, tokens_per_sec.
+    Returns loss (nats a token), the objective's metrics (by default perplexity and accuracy, the share of tokens
+    predicted exactly), tokens (or what else the loss is a mean over), tokens_per_sec.
     Collective over all ranks; the same numbers on each, and under every layout.
     """
     training = chunks[0].training
@@ -40,16 +41,15 @@ def evaluate(
     stages = groups.pg.pp.size()
     for some in iter(lambda: list(itertools.islice(batches, 2 * stages)), []):
         while len(chunks) > 1 and len(some) % stages:  # interleaving needs whole rounds: one that counts nothing
-            some.append(replace(some[-1], loss_mask_bs=torch.zeros_like(some[-1].loss_mask_bs)))
+            some.append(uncounted(some[-1]))
         sums += forward.run(chunks, some, groups, num_micro_batches=len(some), micro_batch_size=micro_batch_size,
-                            seq_length=seq_length, forward_only=True)
+                            seq_length=seq_length, forward_only=True, objective=objective)
     for chunk in chunks:
         chunk.train(training)
     seconds = time.perf_counter() - start
     return {
         "loss": sums.loss,
-        "perplexity": math.exp(min(sums.loss, 700.0)),
-        "accuracy": sums.accuracy,
+        **objective.metrics(sums),
         "tokens": sums.tokens,
         "tokens_per_sec": sums.tokens / seconds,
     }

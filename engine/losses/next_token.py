@@ -27,8 +27,10 @@ def next_token_loss(
     z_loss: float = 0.0,
     chunk_tokens: int | None = None,
     impl: str = "auto",
+    per_token: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum of the tokens' losses (nats), and how many supervised tokens were predicted exactly.
+    """Weighted sum of the tokens' losses (nats), and how many supervised tokens were predicted exactly; with
+    ``per_token`` 1 for each of the n tokens that was, else 0.
 
     ``weights_n`` is the loss mask (fp32; 0 leaves a token out). ``vocab_size`` is the real vocabulary: padding rows
     beyond it take no probability. Under tensor parallelism ``weight_vh`` holds this rank's rows and the gradient of
@@ -38,4 +40,5 @@ def next_token_loss(
     """
     return linear_cross_entropy(
         hidden_nh, weight_vh, labels_n, weights_n=weights_n, scale=scale, label_smoothing=label_smoothing,
-        z_loss=z_loss, chunk_tokens=chunk_tokens, impl=impl, **shard(weight_vh.shape[0], vocab_size, tp_group))
+        z_loss=z_loss, chunk_tokens=chunk_tokens, impl=impl, per_token=per_token,
+        **shard(weight_vh.shape[0], vocab_size, tp_group))

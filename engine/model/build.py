@@ -26,9 +26,10 @@ def model(cfg: Config, groups: Groups, vocab_size: int) -> list[Any]:
 
     One chunk, or ``parallel.virtual_pipeline`` of them. ``vocab_size``: see ``engine.config.vocabulary``.
     """
-    from engine.model import attention, fp8, spec
+    from engine.model import attention, fp8, lora, spec
     from engine.model.gpt import GPT
     from engine.model.init import initialise
+    from engine.model.whole import quantised_names
 
     if cfg.model.kernels == "triton" and (obstacle := jit.obstacle(torch.empty(0, device=groups.device))):
         raise UserError(obstacle, where="model.kernels", fix="Use kernels auto")
@@ -58,11 +59,17 @@ def model(cfg: Config, groups: Groups, vocab_size: int) -> list[Any]:
             vp_stage=vp_stage,
         )
         chunks.append(chunk.to(groups.device))
+        for name, weight in quantised_names(chunk).items():
+            weight.name = name
     fp8.install(chunks, groups)
-    initialise(chunks, settings, cfg.seed, tied=m.tie_embeddings)
+    initialise(chunks, settings, cfg.seed, tied=m.tie_embeddings, quantised=cfg.init_from is None)
+    if cfg.lora is not None:
+        lora.install(chunks, cfg, groups)
     return chunks
 
 
 def parameter_count(chunks: list[Any]) -> int:
-    """Parameters held by this rank."""
-    return sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    """Parameters held by this rank, quantised ones among them."""
+    from engine.model import quantized
+
+    return sum(p.numel() for chunk in chunks for p in chunk.parameters()) + quantized.parameter_count(chunks)

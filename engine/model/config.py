@@ -22,7 +22,8 @@ class ModelSettings(TransformerConfig):
     real tokens, without the padding rows. ``rotary``: how positions turn queries and keys. ``window_size`` is
     Megatron's (keys before the query, 0), ``softmax_type`` "learnable" means attention sinks. ``activation``,
     ``router`` and ``expert_bias``: see ``engine.config.model``. ``num_dense_layers``: first layers without experts.
-    ``fp8_linears``: how linear layers multiply in 8 bits (None: they do not).
+    ``fp8_linears``: how linear layers multiply in 8 bits (None: they do not). ``nf4_base``: they hold frozen weights in
+    4 bits, with ``nf4_double_quant`` the scales of these in 8.
     """
 
     kernel_impl: str = "auto"
@@ -36,6 +37,8 @@ class ModelSettings(TransformerConfig):
     label_smoothing: float = 0.0  # of the training loss, as z_loss
     z_loss: float = 0.0
     fp8_linears: Fp8Config | None = None
+    nf4_base: bool = False
+    nf4_double_quant: bool = False
 
 
 def cpu_multiplies_faster_in_bf16() -> bool:
@@ -185,4 +188,6 @@ def build(cfg: Config, vocab_size: int, dtype: torch.dtype) -> ModelSettings:
         **_parallel_settings(cfg, dtype),
         **_recompute_settings(cfg.train.recompute),
         **_fp8_settings(cfg),
+        nf4_base=cfg.lora is not None and cfg.lora.base == "nf4",
+        nf4_double_quant=cfg.lora is not None and cfg.lora.double_quant,
     )

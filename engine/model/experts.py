@@ -14,7 +14,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.moe.experts import SequentialMLP
 
-from engine.model import layers
+from engine.model import layers, lora_experts, quantized
 from engine.model.config import ModelSettings
 from engine.model.layers import ColumnParallelLinear, RowParallelLinear, SwiGLU, weight_gradient
 from engine_kernels.grouped_gemm import choose, grouped_nn, grouped_nt, grouped_tn, rows_of
@@ -43,23 +43,30 @@ def _weight_gradients(weights: Sequence[Any], needed: Sequence[bool], dy_pm, x_p
 class _GroupedLinear(torch.autograd.Function):
     """Every row through its expert's layer: y_p = x_p W_e^T + s_p b_e. Communication is the dispatcher's.
 
-    ``parameters``: all experts' weights, then their biases if they have them; ``scale_p`` (s) may be None.
+    ``parameters``: all experts' weights, then their biases if they have them; ``scale_p`` (s) may be None. Quantised
+    weights are no tensors, and are dequantised for each pass anew; of frozen ones' layer no input is kept.
     """
 
     @staticmethod
     def forward(ctx, x_pk, tokens_e, scale_p, impl, *parameters):
         ctx.impl, ctx.experts = impl, tokens_e.numel()
-        ctx.save_for_backward(x_pk, tokens_e, scale_p, *parameters)
-        biases = parameters[ctx.experts:] or None
-        return grouped_nt(x_pk, parameters[:ctx.experts], tokens_e, biases, scale_p, impl=impl)
+        weights, biases = parameters[:ctx.experts], parameters[ctx.experts:]
+        ctx.quantised = weights if isinstance(weights[0], quantized.Weight) else None
+        kept = x_pk if any(ctx.needs_input_grad[4:][:ctx.experts]) else None
+        ctx.save_for_backward(kept, tokens_e, scale_p, *(parameters if ctx.quantised is None else biases))
+        dense = quantized.dense_experts(weights, impl)
+        if isinstance(dense, torch.Tensor) and biases:
+            biases = torch.stack(biases)  # as the weights are
+        return grouped_nt(x_pk, dense, tokens_e, biases if len(biases) else None, scale_p, impl=impl)
 
     @staticmethod
     def backward(ctx, dy_pm):
         x_pk, tokens_e, scale_p, *parameters = ctx.saved_tensors
-        weights, biases = parameters[:ctx.experts], parameters[ctx.experts:]
+        weights = ctx.quantised or parameters[:ctx.experts]
+        biases = parameters[0 if ctx.quantised else ctx.experts:]
         needs_x, _, needs_scale, _, *needed = ctx.needs_input_grad
         dy_pm = dy_pm.contiguous()
-        dx_pk = grouped_nn(dy_pm, weights, tokens_e, impl=ctx.impl) if needs_x else None
+        dx_pk = grouped_nn(dy_pm, quantized.dense_experts(weights, ctx.impl), tokens_e, impl=ctx.impl) if needs_x else None
         dweights = _weight_gradients(weights, needed[:ctx.experts], dy_pm, x_pk, tokens_e, ctx.impl)
         dbiases, dscale_p = [None] * len(biases), None
         if biases and (needs_scale or any(needed[ctx.experts:])):
@@ -86,7 +93,7 @@ def _parameters(linears: list[Any]) -> list[torch.Tensor]:
         for wait in linear._forward_pre_hooks.values():
             wait(linear, ())
     names = ("weight",) if linears[0].bias is None else ("weight", "bias")
-    return [linear._parameters[name] for name in names for linear in linears]
+    return [getattr(linear, name) for name in names for linear in linears]
 
 
 class Experts(SequentialMLP):
@@ -97,6 +104,11 @@ class Experts(SequentialMLP):
     """
 
     config: ModelSettings
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name in ("linear_fc1", "linear_fc2"):
+            quantized.stack([getattr(expert, name).weight for expert in self.local_experts])
 
     def _grouped(self) -> bool:
         if self.config.moe_apply_probs_on_input:
@@ -117,7 +129,9 @@ class Experts(SequentialMLP):
         impl = choose(self.config.kernel_impl, "experts", x_ph, {"weights": fc1[0]}, on_device)
         tokens_e = on_device if impl == "triton" else tokens_per_expert.cpu()
         gate_up_p2f: Any = _GroupedLinear.apply(x_ph, tokens_e, None, impl, *fc1)
+        gate_up_p2f = lora_experts.add(gate_up_p2f, x_ph, [expert.linear_fc1 for expert in experts], tokens_e, impl)
         activated_pf = ACTIVATIONS[self.config.activation](gate_up_p2f, weights_n=permuted_probs,
                                                            impl=self.config.kernel_impl)
         scale_p = permuted_probs if len(fc2) > len(experts) else None
-        return _GroupedLinear.apply(activated_pf, tokens_e, scale_p, impl, *fc2), None
+        down_ph: Any = _GroupedLinear.apply(activated_pf, tokens_e, scale_p, impl, *fc2)
+        return lora_experts.add(down_ph, activated_pf, [expert.linear_fc2 for expert in experts], tokens_e, impl), None

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from engine.model.config import ModelSettings
-from engine.model.whole import VOCABULARY, global_names, split_of
+from engine.model.whole import VOCABULARY, global_names, quantised_names, split_of
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator(seed: int, name: str) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -29,10 +29,10 @@ def _std(name: str, settings: ModelSettings) -> float:
 
 
 @torch.no_grad()
-def initialise(chunks: list[Any], settings: ModelSettings, seed: int, *, tied: bool) -> None:
-    """Draws every parameter of this rank's model chunks in place."""
+def initialise(chunks: list[Any], settings: ModelSettings, seed: int, *, tied: bool, quantised: bool = True) -> None:
+    """Draws every parameter of this rank's model chunks in place, and quantised weights unless they will be loaded."""
     for chunk in chunks:
-        for name, param in global_names(chunk).items():
+        for name, param in (global_names(chunk) | (quantised_names(chunk) if quantised else {})).items():
             if name.endswith("bias"):
                 param.zero_()
                 continue
@@ -44,7 +44,7 @@ def initialise(chunks: list[Any], settings: ModelSettings, seed: int, *, tied: b
                 name = "embedding.word_embeddings.weight"
             shape = split.whole_shape(param.shape)
             drawn = [settings.vocab_size, shape[1]] if name in VOCABULARY else shape
-            full = torch.randn(drawn, generator=_generator(seed, name)) * _std(name, settings)
+            full = torch.randn(drawn, generator=generator(seed, name)) * _std(name, settings)
             if name in VOCABULARY:
                 full = torch.nn.functional.pad(full, (0, 0, 0, shape[0] - settings.vocab_size))
             param.copy_(split.take(full))

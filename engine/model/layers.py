@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
 from megatron.core.transformer.module import MegatronModule
 
-from engine.model import fp8_tensor
+from engine.model import fp8_tensor, lora_experts, quantized
 from engine.model.config import ModelSettings
 from engine_kernels.linear import add_matmul_tn_, matmul_nn, matmul_nt, matmul_tn
 from engine_kernels.rms_norm import add_rms_norm, rms_norm
@@ -106,21 +106,24 @@ class _ParallelLinear(torch.autograd.Function):
     """y = x wᵀ with Megatron's tensor- and sequence-parallel communication, products through ``engine_kernels``.
 
     The communication is Megatron's ``LinearWithGradAccumulationAndAsyncCommunication``; the products are ours, since
-    torch's fp32 product on AMD processors runs at half of what oneDNN reaches.
+    torch's fp32 product on AMD processors runs at half of what oneDNN reaches. A quantised ``weight`` is dequantised
+    for each pass anew; of a frozen weight's layer no input is kept.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, allreduce_dgrad, sequence_parallel, tp_group):
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias, ctx.tp_group = bias is not None, tp_group
+        ctx.quantised = weight if isinstance(weight, quantized.Weight) else None
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.quantised is None else None)
+        ctx.tp_group = tp_group
         ctx.allreduce_dgrad, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
         total = _gather_along_first_dim(x, tp_group) if sequence_parallel else x
-        return matmul_nt(total, weight, bias)
+        return matmul_nt(total, quantized.dense(weight), bias)
 
     @staticmethod
     def backward(ctx, grad_y):
         """What communicates runs beside a product: the gather of x beside grad_x, grad_x's sum beside grad_weight."""
         x, weight = ctx.saved_tensors
+        weight = weight if ctx.quantised is None else ctx.quantised.dense()
         grad_y, total, gathering, summing = grad_y.contiguous(), x, None, None
         if ctx.sequence_parallel and ctx.needs_input_grad[1]:
             total = x.new_empty(x.shape[0] * ctx.tp_group.size(), *x.shape[1:])
@@ -131,10 +134,10 @@ class _ParallelLinear(torch.autograd.Function):
         if ctx.allreduce_dgrad:
             summing = dist.all_reduce(grad_x, group=ctx.tp_group, async_op=True)
         elif ctx.sequence_parallel:
-            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            grad_x = grad_total.new_empty(grad_total.shape[0] // ctx.tp_group.size(), *grad_total.shape[1:])
             summing = dist.reduce_scatter_tensor(grad_x, grad_total, group=ctx.tp_group, async_op=True)
         grad_weight = weight_gradient(weight, grad_y, total) if ctx.needs_input_grad[1] else None
-        grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.has_bias else None
+        grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         if summing is not None:
             summing.wait()
         return grad_x, grad_weight, grad_bias, None, None, None
@@ -161,25 +164,59 @@ def _forward_impl(input, weight, bias, allreduce_dgrad, sequence_parallel, tp_gr
     return _ParallelLinear.apply(input, weight, bias, allreduce_dgrad, sequence_parallel, tp_group)
 
 
-class ColumnParallelLinear(MegatronColumnParallelLinear):
+class _Adapted:
+    """A layer beside which an adapter may be (engine/model/lora.py)."""
+
+    adapter: Any
+
+    def _with_adapter(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self.adapter is None:
+            return y
+        return lora_experts.add_to_one(y, x, self) if self.adapter.expert else self.adapter(x, y)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
+        adapter, self.adapter = self.adapter, None  # Megatron would take its tensors for the layer's
+        try:
+            layer: Any = super()
+            state = layer.sharded_state_dict(prefix, sharded_offsets, metadata)
+        finally:
+            self.adapter = adapter
+        if adapter is not None:
+            state |= adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata)
+        return state
+
+
+class ColumnParallelLinear(_Adapted, MegatronColumnParallelLinear):
     """Megatron's layer, output features split over tensor ranks; the engine's products inside."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.register_module("adapter", None)
         self._forward_impl = _forward_impl
         # Alone, no gradient is reduced; Megatron would still pass through an autograd function that does nothing.
         self.disable_grad_reduce = self.disable_grad_reduce or self.output_size_per_partition == self.output_size
         if self.is_expert:
             _mark_expert(self)
+        quantized.hold(self)
+
+    def forward(self, input_, weight=None, runtime_gather_output=None):
+        output, bias = super().forward(input_, weight, runtime_gather_output)
+        return self._with_adapter(input_, output), bias
 
 
-class RowParallelLinear(MegatronRowParallelLinear):
+class RowParallelLinear(_Adapted, MegatronRowParallelLinear):
     """Megatron's layer, input features split over tensor ranks; the engine's products inside."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.register_module("adapter", None)
         self._forward_impl = _forward_impl
         if self.input_size_per_partition == self.input_size and self.skip_bias_add:
             self.explicit_expert_comm = True  # no output is reduced: as above
         if self.is_expert:
             _mark_expert(self)
+        quantized.hold(self)
+
+    def forward(self, input_):
+        output, bias = super().forward(input_)
+        return self._with_adapter(input_, output), bias

@@ -24,6 +24,7 @@ class Yarn:
     original_seq_length: int
     beta_fast: float
     beta_slow: float
+    truncate: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Rotary:
 
         YaRN (Peng et al., 2023, arXiv:2309.00071, section 3.2) divides by ``factor`` those of the pairs that turn less
         than ``beta_slow`` times within the original context, leaves those that turn more than ``beta_fast`` times, and
-        blends linearly between, with ends that are not rounded to whole pairs (as GPT-OSS; ``truncate: false``).
+        blends linearly between, with ends that are rounded to whole pairs only if ``truncate`` (GPT-OSS: false).
         Llama 3.1 (Meta's llama-models, ``apply_scaling``) does the same with ``low_freq_factor`` and
         ``high_freq_factor``, but blends linearly in the number of turns, where YaRN does in the pair's place.
         """
@@ -72,7 +73,10 @@ class Rotary:
             turns = self.yarn.original_seq_length / (rotations * 2 * math.pi)  # type: ignore[union-attr]
             return self.dim * math.log(turns) / (2 * math.log(self.base))
 
-        low, high = max(pair(self.yarn.beta_fast), 0.0), min(pair(self.yarn.beta_slow), self.dim - 1.0)
+        low, high = pair(self.yarn.beta_fast), pair(self.yarn.beta_slow)
+        if self.yarn.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0.0), min(high, self.dim - 1.0)
         places = torch.arange(self.dim // 2, dtype=torch.float64)
         stretched = ((places - low) / (high - low or 0.001)).clamp(0, 1)
         return plain * (1 - stretched) + plain / self.yarn.factor * stretched

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from engine.model import quantized
 from engine.parallel.wrap import unwrap
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -27,6 +28,15 @@ def is_expert(name: str) -> bool:
 
 def global_names(chunk: Any) -> dict[str, Any]:
     """This chunk's parameters by their names in the unsplit model."""
+    return _renamed(chunk, dict(unwrap(chunk).named_parameters()))
+
+
+def quantised_names(chunk: Any) -> dict[str, quantized.Weight]:
+    """This chunk's quantised weights, which are no parameters, by their names in the unsplit model."""
+    return _renamed(chunk, quantized.weights(chunk))
+
+
+def _renamed(chunk: Any, found: dict[str, Any]) -> dict[str, Any]:
     bare = unwrap(chunk)
     layers = {i: layer.layer_number - 1 for i, layer in enumerate(bare.decoder.layers)}
     ep = bare.pg_collection.ep
@@ -36,7 +46,7 @@ def global_names(chunk: Any) -> dict[str, Any]:
         name = _LAYER.sub(lambda m: f"decoder.layers.{layers[int(m.group(1))]}.", name)
         return _EXPERT.sub(lambda m: f".local_experts.{int(m.group(1)) + experts * ep.rank()}.", name)
 
-    return {rename(name): p for name, p in bare.named_parameters()}
+    return {rename(name): p for name, p in found.items()}
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,16 @@ _BF16_PEAK = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, 
               "RTX 4090": 165e12}
 
 
-def flops_per_token(model: ModelConfig, seq_length: int, padded_vocab: int) -> float:
-    """Training FLOPs (forward and backward) a token at ``seq_length``; of experts those that a token goes to."""
+def flops_per_token(model: ModelConfig, seq_length: int, padded_vocab: int, *, frozen: bool = False) -> float:
+    """Training FLOPs (forward and backward) a token at ``seq_length``; of experts those that a token goes to.
+
+    ``frozen`` weights have no gradients (4 in place of 6 a multiply-add); the adapters beside them are not counted.
+    """
     h, d = model.hidden_size, model.head_dim or model.hidden_size // model.num_attention_heads
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
     projections = model.num_layers * (h * d * (heads + 2 * groups) + heads * d * h)
     attention = 2 * heads * d * _keys(model, seq_length)  # q·k and p·v
-    return 6.0 * (projections + attention + _feed_forward(model) + h * padded_vocab)
+    return 6.0 * attention + (4.0 if frozen else 6.0) * (projections + _feed_forward(model) + h * padded_vocab)
 
 
 def _keys(model: ModelConfig, seq_length: int) -> float:

@@ -15,9 +15,10 @@ import torch
 
 from engine.config import Config, padded_vocab_size
 from engine.errors import UserError
+from engine.model.objective import NEXT_TOKEN, Objective
 from engine.parallel.topology import Groups
 from engine.train import flops, step
-from engine.train.metrics import MetricLogger, perplexity
+from engine.train.metrics import MetricLogger
 from engine.train.optimizer import NonFiniteError
 from engine.train.state import TrainState
 
@@ -45,7 +46,8 @@ class _Throughput:
     def add(self, result: step.StepResult, seconds: float) -> None:
         tokens = result.global_batch_size * result.seq_length
         self.tokens += tokens
-        self.flops += tokens * flops.flops_per_token(self.cfg.model, result.seq_length, self.vocab_size)
+        self.flops += tokens * flops.flops_per_token(
+            self.cfg.model, result.seq_length, self.vocab_size, frozen=self.cfg.lora is not None)
         self.seconds += seconds
 
     def take(self) -> dict[str, float]:
@@ -56,12 +58,12 @@ class _Throughput:
         return row
 
 
-def _row(result: step.StepResult, state: TrainState, device: torch.device) -> dict[str, float]:
-    loss, router = result.sums.loss, result.sums.router
+def _row(result: step.StepResult, state: TrainState, device: torch.device,
+         objective: Objective = NEXT_TOKEN) -> dict[str, float]:
+    router = result.sums.router
     row = {
-        "train/loss": loss,
-        "train/perplexity": perplexity(loss),
-        "train/accuracy": result.sums.accuracy,
+        "train/loss": result.sums.loss,
+        **{name if "/" in name else f"train/{name}": value for name, value in objective.metrics(result.sums).items()},
         "train/lr": result.lr,
         "train/grad_norm": result.grad_norm,
         "train/memory_gb": peak_memory_gb(device),
@@ -78,18 +80,18 @@ def _row(result: step.StepResult, state: TrainState, device: torch.device) -> di
 
 def _validate(evaluate: Callable[[], dict], state: TrainState, *, saved_too: bool) -> dict[str, float]:
     """Only a step that is saved as well can be the best checkpoint."""
-    found = evaluate()
+    found = {name: value for name, value in evaluate().items() if name not in ("tokens", "tokens_per_sec")}
     if saved_too and (state.best_val_loss is None or found["loss"] < state.best_val_loss):
         state.best_val_loss, state.best_step = found["loss"], state.step
-    return {f"val/{name}": found[name] for name in ("loss", "perplexity", "accuracy")}
+    return {f"val/{name}": value for name, value in found.items()}
 
 
 def _step(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: TrainState,
-          logger: MetricLogger) -> step.StepResult:
+          logger: MetricLogger, objective: Objective) -> step.StepResult:
     """A step, with what a user should know of it said in the user's words."""
     micro_before = state.micro_batch_size
     try:
-        result = step.run(cfg, chunks, optimizer, data, groups, state)
+        result = step.run(cfg, chunks, optimizer, data, groups, state, objective)
     except NonFiniteError as error:
         raise UserError(f"{error} at step {state.step + 1}", where="train",
                         fix="Nothing was updated; resume from the last checkpoint with a lower train.lr") from error
@@ -123,10 +125,11 @@ def run(
     save: Callable[[TrainState], object],
     evaluate: Callable[[], dict] | None,
     on_first_step: Callable[[], None] = lambda: None,
+    objective: Objective = NEXT_TOKEN,
 ) -> TrainState:
     """Trains from ``state`` to ``train.max_steps``. Metrics, evaluation, checkpoints at their intervals and at the end.
 
-    ``evaluate`` returns {"loss", "perplexity", "accuracy"} on held-out data, or is None where there is none. A row is
+    ``evaluate`` returns "loss" and the objective's metrics on held-out data, or is None where there is none. A row is
     logged before the checkpoint of its step is saved, so that a resumed run neither lacks nor repeats it.
     Raises ``UserError`` on every rank when loss or gradients are not finite; no weight was changed by that step.
     """
@@ -138,7 +141,7 @@ def run(
     with _frozen():
         while state.step < cfg.train.max_steps:
             start = time.perf_counter()
-            result = _step(cfg, chunks, optimizer, data, groups, state, logger)
+            result = _step(cfg, chunks, optimizer, data, groups, state, logger, objective)
             speed.add(result, time.perf_counter() - start)
             if state.step == first + 1:
                 on_first_step()
@@ -146,7 +149,7 @@ def run(
             save_now = _due(state.step, cfg.checkpoint.save_steps, done)
             row: dict[str, float] = {}
             if done or state.step % cfg.logging.logging_steps == 0 or state.step == 1:
-                row = _row(result, state, groups.device) | speed.take()
+                row = _row(result, state, groups.device, objective) | speed.take()
             if evaluate is not None and _due(state.step, cfg.evaluation.eval_steps, done):
                 row |= _validate(evaluate, state, saved_too=save_now)
             if row:

@@ -24,15 +24,17 @@ column appears.
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from engine.errors import UserError
+from engine.losses.perplexity import perplexity
 from engine.train.console import Console
 from engine.train.sinks import CsvSink, JsonlSink, Sink, TensorBoardSink, WandbSink
+
+__all__ = ["LoggingOptions", "MetricLogger", "perplexity"]
 
 
 class LoggingOptions(Protocol):
@@ -42,11 +44,6 @@ class LoggingOptions(Protocol):
     wandb: Literal["off", "online", "offline"]
     wandb_project: str
     progress: Literal["auto", "on", "off"]
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss) for a loss in nats per token; infinite where it would overflow (above 709 nats)."""
-    return math.inf if loss > 709.0 else math.exp(loss)
 
 
 class MetricLogger:

@@ -70,12 +70,12 @@ def logger_for(cfg: Config, groups: Groups, state: TrainState) -> MetricLogger:
 
 
 def report_start(logger: MetricLogger, cfg: Config, groups: Groups, chunks, *, resumed_from: Path | None,
-                 held_out_tokens: int) -> None:
+                 held_out_tokens: int, origin: Path | None = None) -> None:
     """What is about to run, in one line; and in another if there is nothing to validate on."""
     p, dtype = cfg.parallel, str(chunks[0].config.params_dtype).removeprefix("torch.")
     layout = f"TP{p.tensor} PP{p.pipeline} CP{p.context} EP{p.expert} DP{groups.data_parallel_size}"
     device = torch.cuda.get_device_name(groups.device) if groups.device.type == "cuda" else groups.device.type
-    start = f"resuming {resumed_from}" if resumed_from else "starting"
+    start = f"resuming {resumed_from}" if resumed_from else f"starting from {origin}" if origin else "starting"
     size = f"{parameter_count(chunks) / 1e6:.2f}M parameters on this rank"
     logger.message(f"{start}: {size}, {layout}, {dtype} on {device}, backend {cfg.model.backend}, "
                    f"{cfg.train.max_steps} steps -> {cfg.output_dir}")

@@ -10,6 +10,7 @@ from megatron.core.distributed import finalize_model_grads
 
 from engine.config import Config
 from engine.model import forward, moe
+from engine.model.objective import NEXT_TOKEN, Objective
 from engine.parallel.topology import Groups
 from engine.train import oom, schedules
 from engine.train import optimizer as optim
@@ -43,7 +44,8 @@ def prepare(chunks: list[Any], cfg: Config, groups: Groups) -> None:
                 settings.param_sync_func = [chunk.start_param_sync for chunk in chunks]
 
 
-def run(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: TrainState) -> StepResult:
+def run(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: TrainState,
+        objective: Objective = NEXT_TOKEN) -> StepResult:
     """Trains on the global batch at ``state``'s position and advances ``state``.
 
     Out of memory with ``train.enable_oom_recovery``, the same batch is read again in smaller micro-batches, on which
@@ -59,7 +61,8 @@ def run(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: 
     while True:
         micro = state.micro_batch_size or cfg.train.micro_batch_size
         try:
-            sums = _gradients(chunks, optimizer, data, groups, state.consumed_tokens, batch_size, micro, length)
+            sums = _gradients(chunks, optimizer, data, groups, state.consumed_tokens, batch_size, micro, length,
+                              objective)
             break
         except RuntimeError as error:
             if not cfg.train.enable_oom_recovery:
@@ -79,11 +82,11 @@ def run(cfg: Config, chunks: list[Any], optimizer, data, groups: Groups, state: 
 
 
 def _gradients(chunks: list[Any], optimizer, data, groups: Groups, position: int, batch_size: int, micro: int,
-               length: int) -> forward.LossSums:
+               length: int, objective: Objective) -> forward.LossSums:
     """Gradients of the global batch at ``position``, reduced and normalised, in the parameters' ``main_grad``."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     batches = data.micro_batches(position, global_batch_size=batch_size, micro_batch_size=micro, seq_length=length)
     return forward.run(chunks, batches, groups, num_micro_batches=batch_size // (micro * groups.data_parallel_size),
-                       micro_batch_size=micro, seq_length=length, forward_only=False)
+                       micro_batch_size=micro, seq_length=length, forward_only=False, objective=objective)

@@ -5,7 +5,8 @@
 The queries are the last of the keys' positions: a chunk of a sequence against what precedes it, or new tokens against
 a cache. A window hides all but the last keys up to the query's own (Beltagy et al. 2020, arXiv:2004.05150). A sink is
 a logit of the head in the softmax without a value: sum + exp(sink) is the denominator (Xiao et al. 2023,
-arXiv:2309.17453; learned in GPT-OSS). In rows of documents (documents.py) a query sees only its own document's keys.
+arXiv:2309.17453; learned in GPT-OSS). In rows of documents (documents.py) a query sees only its own document's keys,
+and those of the prefix that this goes on from (prefixes.py).
 
 Shapes: b batch, h query heads, g key/value groups (g divides h), s queries, t >= s keys, d head dimension. Which kernel
 runs: attention_backends.py. The C++ kernel is here: beside its inputs and `out` the forward pass saves lse [b, h, s]
@@ -30,6 +31,7 @@ from engine_kernels.attention_flex import flex
 from engine_kernels.attention_packages import flash_attn, transformer_engine
 from engine_kernels.attention_sdpa import Call, sdpa, visible
 from engine_kernels.documents import Documents
+from engine_kernels.prefixes import before_documents, visible_keys
 
 
 def causal_attention_reference(
@@ -43,9 +45,7 @@ def causal_attention_reference(
     if documents is None:
         mask = visible(q.shape[2], k.shape[2], window, q.device)
     else:
-        lowest_bs, position_s = documents.lowest(window, q.device)
-        key = torch.arange(k.shape[2], device=q.device)
-        mask = ((key >= lowest_bs[..., None]) & (key <= position_s[:, None]))[:, None]
+        mask = visible_keys(documents, window, q.device)[:, None]
     scores_bhst = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
     if sinks_h is not None:
         sinks_bhs1 = sinks_h.to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)
@@ -152,7 +152,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     window, documents = k.shape[2] if call.window is None else call.window, call.documents
-    segments, chunks = (None, 1) if documents is None else (documents.table(call.window), len(documents.chunks))
+    segments, chunks = (None, 1) if documents is None else (documents.table(call.window), documents.parts)
     return torch.ops.engine_kernels.causal_attention_fwd(q, k, v, call.sinks, segments, call.scale, window, chunks)[0]
 
 
@@ -189,14 +189,16 @@ def causal_attention(
     """softmax(scale * q k^T + causal mask) v for q [b, h, s, d], k and v [b, g, t, d], g dividing h -> [b, h, s, d].
 
     The queries are the last s of the t positions, 1 <= s <= t, or with `documents` those of its chunks, each against
-    the keys of its own document. scale defaults to 1 / sqrt(d). A query sees the last `window` keys up to its own
-    (None: all). `sinks` [h]: a logit of each query head that takes part in the softmax and brings no value. Any strides
-    with unit stride in d. The C++ kernel's result is [s, b, h, d] in memory: `.permute(2, 0, 1, 3).flatten(2)`, what
-    Megatron's output projection takes, is a view of it. `impl`: "auto", "torch" (scaled_dot_product_attention as torch
-    chooses) or one of attention_backends.BACKENDS. Raises ValueError for arguments that do not fit, and for a backend
-    that cannot serve them.
+    the keys of its own document and of its prefix. scale defaults to 1 / sqrt(d). A query sees the last `window` keys
+    up to its own (None: all). `sinks` [h]: a logit of each query head that takes part in the softmax and brings no
+    value. Any strides with unit stride in d. The C++ kernel's result is [s, b, h, d] in memory:
+    `.permute(2, 0, 1, 3).flatten(2)`, what Megatron's output projection takes, is a view of it. `impl`: "auto", "torch"
+    (scaled_dot_product_attention as torch chooses) or one of attention_backends.BACKENDS. Raises ValueError for
+    arguments that do not fit, and for a backend that cannot serve them.
     """
     _check(q_bhsd, k_bgtd, v_bgtd, window, sinks, documents)
+    if documents is not None:
+        k_bgtd, v_bgtd, documents = before_documents(k_bgtd, v_bgtd, documents)
     (s, d), t = q_bhsd.shape[2:], k_bgtd.shape[2]
     factor = d**-0.5 if scale is None else scale
     if window is not None and documents is None and t > s + window - 1:  # the others no query sees

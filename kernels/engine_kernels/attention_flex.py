@@ -20,15 +20,15 @@ from engine_kernels.attention_sdpa import Call
 _BLOCK = 128
 
 
-def block_mask(lowest_bs: Tensor, position_s: Tensor, t: int) -> Any:
-    """The mask lowest[b, q] <= key <= position[q] over t keys, with its tables of blocks; one row serves any batch."""
+def block_mask(lowest_bs: Tensor, position_bs: Tensor, t: int) -> Any:
+    """The mask lowest[b, q] <= key <= position[b, q] over t keys and its tables of blocks; one row serves any batch."""
     from torch.nn.attention.flex_attention import BlockMask
 
     (b, s), device = lowest_bs.shape, lowest_bs.device
     queries, keys = -(-s // _BLOCK), -(-t // _BLOCK)
     padding = queries * _BLOCK - s  # queries that see nothing, so that a block with them is never full
     lowest = torch.nn.functional.pad(lowest_bs, (0, padding), value=t).view(b, queries, _BLOCK, 1)
-    position = torch.nn.functional.pad(position_s, (0, padding), value=-1).view(1, queries, _BLOCK, 1)
+    position = torch.nn.functional.pad(position_bs, (0, padding), value=-1).view(b, queries, _BLOCK, 1)
     first = torch.arange(keys, device=device) * _BLOCK
     last = first + _BLOCK - 1
     some = ((lowest <= last) & (position >= first) & (lowest <= position)).any(2)
@@ -39,8 +39,8 @@ def block_mask(lowest_bs: Tensor, position_s: Tensor, t: int) -> Any:
         tables += [blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]]
 
     def mask_mod(row, _head, query, key):
-        lowest = lowest_bs[0, query] if b == 1 else lowest_bs[row, query]
-        return (key >= lowest) & (key <= position_s[query])
+        place = (0, query) if b == 1 else (row, query)
+        return (key >= lowest_bs[place]) & (key <= position_bs[place])
 
     return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=_BLOCK, mask_mod=mask_mod, seq_lengths=(s, t))
 
@@ -49,7 +49,7 @@ def block_mask(lowest_bs: Tensor, position_s: Tensor, t: int) -> Any:
 def _rows_mask(s: int, t: int, window: int | None, device: torch.device) -> Any:
     position_s = torch.arange(t - s, t, dtype=torch.int32, device=device)
     lowest_s = torch.zeros_like(position_s) if window is None else (position_s - window + 1).clamp(min=0)
-    return block_mask(lowest_s[None], position_s, t)
+    return block_mask(lowest_s[None], position_s[None], t)
 
 
 @functools.lru_cache(maxsize=1)

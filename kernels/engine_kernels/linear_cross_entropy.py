@@ -134,7 +134,7 @@ def _scaled(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor |
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, weights_n: Tensor, head: _Head,
-                scale: Any, wanted: tuple[bool, bool]):
+                scale: Any, wanted: tuple[bool, bool], per_token: bool):
         places = list(head.chunks(hidden_nh.shape[0]))
         gradients = _Gradients(hidden_nh, weight_vh, wanted, len(places) > 1)
         labels_n = labels_n.masked_fill(weights_n == 0, -1)  # such rows are not even read
@@ -153,7 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logits_cv  # before the next chunk's are made
         ctx.save_for_backward(gradients.hidden_nh, gradients.weight_vh)
         ctx.scale, ctx.dtypes = scale, (hidden_nh.dtype, weight_vh.dtype)
-        correct = torch.cat(hits).sum()
+        correct = torch.cat(hits) if per_token else torch.cat(hits).sum()
         ctx.mark_non_differentiable(correct)
         return torch.cat(losses).sum(), correct
 
@@ -161,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor, _grad_correct):
         factor = grad_loss / ctx.scale
         grad_h, grad_w = (_scaled(g, factor, t) for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return grad_h, grad_w, None, None, None, None, None
+        return grad_h, grad_w, None, None, None, None, None, None
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -228,9 +228,10 @@ def linear_cross_entropy(
     hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, *, weights_n: Tensor, vocab_start: int = 0,
     vocab_valid: int | None = None, vocab_size: int | None = None, combine: Combine | None = None,
     scale: Tensor | float = 1.0, label_smoothing: float = 0.0, z_loss: float = 0.0, chunk_tokens: int | None = None,
-    impl: str = "auto",
+    impl: str = "auto", per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the tokens' losses (nats), and how many tokens of nonzero weight were predicted exactly.
+    """Weighted sum of the tokens' losses (nats), and how many tokens of nonzero weight were predicted exactly; with
+    `per_token` 1 for each that was and 0 for every other [n].
 
     weight_vh: rows vocab_start ... of the vocabulary, of which vocab_valid are not padding (default all); vocab_size:
     of the whole vocabulary. A negative label or a weight of 0 leaves a token out: exact zeros. `scale` is multiplied
@@ -244,7 +245,7 @@ def linear_cross_entropy(
     if weights_n.shape != labels_n.shape:
         raise ValueError(f"{op}: weights {tuple(weights_n.shape)} must be [{labels_n.shape[0]}]")
     return _LinearCrossEntropy.apply(hidden_nh, weight_vh, labels_n, weights_n, head, scale,
-                                     _wanted(hidden_nh, weight_vh))  # type: ignore[return-value]
+                                     _wanted(hidden_nh, weight_vh), per_token)  # type: ignore[return-value]
 
 
 def linear_log_probs(

@@ -23,6 +23,7 @@ import engine.pretrain
 from engine import cli
 from engine.config import Config, dump_yaml, fields, load_yaml
 from engine.config.inference import EvaluateConfig, GenerateConfig, ReportConfig
+from engine.config.code_tasks import CodeTasksConfig
 from engine.config.prepare import PrepareConfig
 from engine.config.verify import VerifyConfig
 from engine.runtime import command
@@ -237,9 +238,12 @@ def test_a_bug_keeps_its_traceback():
         command(buggy, [])
 
 
-MODELS = {"prepare": PrepareConfig, "pretrain": Config, "evaluate": EvaluateConfig, "generate": GenerateConfig,
+STAGES = {stage: Config for stage in ("midtrain", "sft", "dpo", "lora") if stage in cli.COMMANDS}
+MODELS = STAGES | {"prepare": PrepareConfig, "code-tasks": CodeTasksConfig, "pretrain": Config, "evaluate": EvaluateConfig, "generate": GenerateConfig,
           "report": ReportConfig, "verify-layout": VerifyConfig}
-REQUIRED = {"prepare": ["--input", "a", "--input", "b", "--output", "o"], "pretrain": ["--seed=7", "data.path=d"],
+REQUIRED = {stage: ["--init_from", "r"] for stage in STAGES} | {
+            "prepare": ["--input", "a", "--input", "b", "--output", "o"],
+            "code-tasks": ["--input", "a", "--output", "o"], "pretrain": ["--seed=7", "data.path=d"],
             "evaluate": ["--checkpoint", "c"], "generate": ["--checkpoint", "c"], "report": ["--run", "r"],
             "verify-layout": ["--shrink", "--max_steps", "9"]}
 

@@ -128,7 +128,7 @@ from engine.runtime import command
 from engine.train import step
 
 def run(cfg, *rest, step_run=step.run):
-    if os.environ["RANK"] == "1" and rest[-1].step == 1:
+    if os.environ["RANK"] == "1" and rest[-2].step == 1:
         {does}
     return step_run(cfg, *rest)
 

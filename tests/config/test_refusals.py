@@ -33,9 +33,6 @@ REFUSALS = [
      "model.seq_length"),
     ({"model": {"llama3_rope": {}, "backend": "te"}},
      "model.llama3_rope: is built into the engine's attention, but backend is te. Use backend engine"),
-    ({"model": {"seq_length": 4096, "llama3_rope": {"factor": 2.0, "original_seq_length": 1024}}},
-     "model.llama3_rope.factor: stretches the context to 2048 tokens, but model.seq_length is 4096. Raise factor, or "
-     "lower model.seq_length"),
     ({"model": {"llama3_rope": {"low_freq_factor": 4}}},
      "model.llama3_rope.low_freq_factor: 4.0 is not below high_freq_factor (4.0). Use 1 and 4"),
     ({"model": {"llama3_rope": {}, "yarn": {}}},

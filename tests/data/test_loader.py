@@ -96,8 +96,8 @@ def global_rows(cfg, position, gbs, mbs, length, dp_size, loaders=None):
 def test_a_batch_has_the_promised_tensors(data):
     with build(config(data), "train", dp_rank=0, dp_size=1) as loader:
         (batch,) = loader.micro_batches(0, global_batch_size=3, micro_batch_size=3, seq_length=S)
-    assert batch.cu_seqlens_b is None, "rows are not packed"
-    tensors = {name: value for name, value in vars(batch).items() if name != "cu_seqlens_b"}
+    assert (batch.cu_seqlens_b, batch.prefixes_b, batch.pairs) == (None, None, None), "rows are not packed"
+    tensors = {name: value for name, value in vars(batch).items() if value is not None}
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == {
         "tokens_bs": (torch.int64, (3, S)), "labels_bs": (torch.int64, (3, S)),
         "loss_mask_bs": (torch.float32, (3, S)), "position_ids_bs": (torch.int64, (3, S)),

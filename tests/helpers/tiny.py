@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 _WORDS = ("the", "spring", "stores", "what", "the", "hand", "gives", "and", "the", "train", "of", "wheels", "spends")
 
 
-def write_corpus(folder: Path) -> Path:
+def write_corpus(folder: Path, vocab_size: int = VOCAB) -> Path:
     """A prepared directory of 120 short, repetitive documents; a tenth of them held out."""
     from engine.data.prepare import prepare
 
@@ -40,7 +40,7 @@ def write_corpus(folder: Path) -> Path:
     for i in range(120):
         words = [_WORDS[(i * k + k * k // 3) % len(_WORDS)] for k in range(1, 40 + i % 13)]
         (raw / f"{i}.txt").write_text(" ".join(words) + f". Number {i}.\n", encoding="utf-8")
-    prepare(PrepareConfig(input=[raw], output=folder / "data", vocab_size=VOCAB, validation_fraction=0.1))
+    prepare(PrepareConfig(input=[raw], output=folder / "data", vocab_size=vocab_size, validation_fraction=0.1))
     return folder / "data"
 
 

@@ -143,22 +143,23 @@ def test_boundaries_that_are_not_are_refused(config, boundaries):
         loss_and_gradients(bare_model(config()), [batch])
 
 
+@pytest.mark.parametrize("truncate", [False, True])
 @pytest.mark.parametrize(("dim", "base", "factor", "original", "fast", "slow"), [
-    (64, 150000.0, 32.0, 4096, 32.0, 1.0),  # GPT-OSS
-    (128, 1e6, 4.0, 32768, 32.0, 1.0),  # Qwen3 with YaRN, whose ends Transformers rounds; so it does not here
+    (64, 150000.0, 32.0, 4096, 32.0, 1.0),  # GPT-OSS, which does not truncate
+    (128, 1e6, 4.0, 32768, 32.0, 1.0),  # Qwen3 with YaRN, which does
     (16, 10000.0, 8.0, 64, 16.0, 2.0),
     (8, 10000.0, 1.0, 16, 32.0, 1.0),
 ])
-def test_yarn_is_that_of_transformers(dim, base, factor, original, fast, slow):
+def test_yarn_is_that_of_transformers(dim, base, factor, original, fast, slow, truncate):
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     settings = transformers.GptOssConfig(head_dim=dim, rope_parameters={
         "rope_type": "yarn", "rope_theta": base, "factor": factor, "beta_fast": fast, "beta_slow": slow,
-        "original_max_position_embeddings": original, "truncate": False})
+        "original_max_position_embeddings": original, "truncate": truncate})
     expected, magnitude = ROPE_INIT_FUNCTIONS["yarn"](settings, torch.device("cpu"))
     turning = rotary.Rotary.of(dim, base, YarnConfig(factor=factor, original_seq_length=original, beta_fast=fast,
-                                                     beta_slow=slow))
+                                                     beta_slow=slow, truncate=truncate))
     torch.testing.assert_close(turning.frequencies().float(), expected, rtol=2e-6, atol=0)
     assert turning.magnitude == pytest.approx(magnitude)
     cos_sr, sin_sr = rotary.table(turning, 3, 4, torch.device("cpu"))

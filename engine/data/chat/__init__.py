@@ -1,0 +1,1 @@
+"""Chat and preference data: rows of files, their formats, chat templates, and tokens with masks."""

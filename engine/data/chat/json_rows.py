@@ -1,0 +1,156 @@
+"""Rows of a .json file: an array is read an element at a time, so a large one never lies in memory whole."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO
+
+from engine.data.chat.conversation import kind_name
+from engine.data.reading import Refused, decode_utf8, parse_json
+
+_CHUNK = 1 << 20  # bytes
+# Where an object holds several arrays, the one of these names is meant.
+_LISTS = ("data", "rows", "examples", "train", "instances")
+# An object with one of these is a row itself.
+_FIELDS = ("messages", "conversations", "instruction", "chosen", "text", "prompt")
+
+Found = Iterator[tuple[int, dict | Refused]]
+
+
+def json_rows(stream: IO[bytes], lines: Callable[[Iterable[bytes]], Found]) -> Found:
+    """(number from 1, row). ``lines`` reads JSON lines, which many files called .json hold.
+
+    Raises:
+        Refused: not JSON, or no array of rows in it. An array that breaks off has given its whole elements before.
+    """
+    head = stream.readline(_CHUNK).removeprefix(codecs.BOM_UTF8)
+    while head and not head.strip():
+        head = stream.readline(_CHUNK)
+    if not head:
+        raise Refused("empty", "the file is empty")
+    if head.lstrip().startswith(b"["):
+        yield from _elements(head, stream)
+        return
+    following = stream.readline(_CHUNK)
+    while following and not following.strip():
+        following = stream.readline(_CHUNK)
+    if following and _is_object(head):
+        yield from lines(_joined(head, following, stream))
+        return
+    yield from _of_object(head + following + stream.read())
+
+
+def _joined(head: bytes, following: bytes, stream: IO[bytes]) -> Iterator[bytes]:
+    yield head
+    yield following
+    yield from stream
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _of_object(raw: bytes) -> Found:
+    whole = parse_json(decode_utf8(raw))
+    if not isinstance(whole, dict):
+        raise Refused("no_rows", f"{kind_name(whole)}, neither an array nor an object")
+    if any(name in whole for name in _FIELDS):
+        yield 1, whole
+        return
+    lists = [name for name, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    name = next((name for name in _LISTS if name in lists), lists[0] if len(lists) == 1 else None)
+    if name is None:
+        some = ", ".join(str(name)[:40] for name in list(whole)[:10])
+        problem = "several arrays of objects" if lists else "no array of objects"
+        raise Refused("no_rows", f"{problem} in it (fields: {some})", "Give a file with one array, or JSON lines.")
+    for number, row in enumerate(whole[name], 1):
+        yield number, _checked(row)
+
+
+def _checked(row: object) -> dict | Refused:
+    return row if isinstance(row, dict) else Refused("not_an_object", f"{kind_name(row)}, not an object with fields")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _elements(head: bytes, stream: IO[bytes]) -> Found:
+    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    text = _Text(head, stream)
+    text.skip("[")
+    number = 0
+    if text.next() == "]":
+        text.skip("]")
+    else:
+        while True:
+            number += 1
+            yield number, _checked(text.element(decoder, number))
+            separator = text.next()
+            if separator not in (",", "]"):
+                what = f"{separator!r} after row {number:,}" if separator else f"the file ends after row {number:,}"
+                raise Refused("not_json", f"not JSON ({what})", "Mend it, or fetch it again.")
+            text.skip(separator)
+            if separator == "]":
+                break
+    if text.next():
+        raise Refused("not_json", f"not JSON (something follows the array of {number:,} rows)")
+
+
+class _Text:
+    """Text of a stream, read as far as needed."""
+
+    def __init__(self, head: bytes, stream: IO[bytes]):
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._stream = stream
+        self._buffer, self._place, self._more = "", 0, True
+        self._feed(head)
+
+    def _feed(self, raw: bytes) -> None:
+        self._more = bool(raw)
+        try:
+            text = self._decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError as error:
+            raise Refused("not_utf8", f"not UTF-8 text (byte 0x{error.object[error.start]:02x})") from None
+        self._buffer, self._place = self._buffer[self._place :] + text, 0
+
+    def next(self) -> str:
+        """The next character that is no blank, "" at the end; it stays."""
+        while True:
+            while self._place < len(self._buffer):
+                if not self._buffer[self._place].isspace():
+                    return self._buffer[self._place]
+                self._place += 1
+            if not self._more:
+                return ""
+            self._feed(self._stream.read(_CHUNK))
+
+    def skip(self, character: str) -> None:
+        assert self.next() == character
+        self._place += 1
+
+    def element(self, decoder: json.JSONDecoder, number: int) -> object:
+        """The next element. One that the buffer cuts off is tried again with twice as much."""
+        self.next()
+        wanted = _CHUNK
+        while True:
+            try:
+                value, end = decoder.raw_decode(self._buffer, self._place)
+            except (ValueError, RecursionError) as error:
+                if not self._more or isinstance(error, RecursionError):
+                    problem = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(":")[0]
+                    detail = f"not JSON ({problem}, row {number:,})"
+                    raise Refused("not_json", detail, "Mend it, or fetch it again.") from None
+                self._feed(self._stream.read(wanted))
+                wanted *= 2
+            else:
+                # A number or a literal at the buffer's end may go on.
+                if end < len(self._buffer) or not self._more:
+                    self._place = end
+                    return value
+                self._feed(self._stream.read(_CHUNK))

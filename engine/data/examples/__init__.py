@@ -1,0 +1,1 @@
+"""Examples for supervised and preference learning: tokenized once into a store, packed into rows, read by position."""

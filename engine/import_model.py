@@ -1,0 +1,88 @@
+"""`mainspring import --from DIR --output RUN`: a Hugging Face model as a checkpoint that every stage can start from.
+
+A model too large for one process: `torchrun --nproc-per-node 8 -m engine.import_model … --parallel.tensor 8`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine import launch
+
+if TYPE_CHECKING:
+    from engine.config import Config
+    from engine.config.export import ImportConfig
+
+
+def main(argv: list[str]) -> int:
+    """Writes the checkpoint and prints its path. Returns the exit code."""
+    from engine.config import parse
+    from engine.config.export import ImportConfig
+
+    options = parse(ImportConfig, argv, prog="mainspring import")
+    launch.adopt()
+
+    from engine.parallel import topology
+
+    cfg = configuration(options)
+    with topology.groups(cfg) as groups:
+        path = run(cfg, groups, options)
+        if groups.is_main:
+            print(path)
+    return 0
+
+
+def configuration(options: ImportConfig) -> Config:
+    """The configuration under which the model is read. Raises ``UserError``."""
+    from engine.checkpoint import restore
+    from engine.config import Config, ParallelConfig
+    from engine.export import hugging_face
+
+    section: dict[str, Any] = hugging_face.model_section(options.source)
+    if options.seq_length is not None:
+        section["seq_length"] = options.seq_length
+    precision = _stored_precision(options.source) if options.precision == "auto" else options.precision
+    cfg = Config.model_validate({"output_dir": options.output, "device": options.device, "model": section,
+                                 "train": {"precision": precision}})
+    cfg = cfg.model_copy(update={"parallel": ParallelConfig(**options.parallel.model_dump())})
+    restore.check_layout(cfg)
+    return cfg
+
+
+def _stored_precision(directory: Path) -> str:
+    """What the weights were saved in, as config.json says; fp16 becomes fp32, which holds all of its values."""
+    config = json.loads((directory / "config.json").read_bytes())
+    return "bf16" if config.get("torch_dtype", config.get("dtype")) == "bfloat16" else "fp32"
+
+
+def run(cfg: Config, groups: Any, options: ImportConfig) -> Path:
+    """Reads the weights under ``cfg.parallel`` and saves them. -> the checkpoint. Collective."""
+    from engine.checkpoint.manager import Checkpointer
+    from engine.config import ParallelConfig, vocabulary
+    from engine.data.tokenizer import load_tokenizer
+    from engine.export import hugging_face
+    from engine.model import build
+    from engine.train.state import TrainState
+
+    folder = options.tokenizer or options.source
+    tokenizer = load_tokenizer(folder)
+    vocab_size = vocabulary(cfg.model, tokenizer.vocab_size)
+    chunks = build.model(cfg, groups, vocab_size)
+    hugging_face.load(options.source, chunks, cfg, groups)
+    if options.verify:
+        difference = hugging_face.verify(options.source, chunks, groups, tokenizer)
+        if groups.is_main:
+            print(f"the logits are those of Transformers to {difference:.1e}", file=sys.stderr)
+    # Whatever layout read it: the checkpoint's configuration is that of a model, not of this command.
+    kept = cfg.model_copy(update={"parallel": ParallelConfig()})
+    saved = Checkpointer(kept, groups, tokenizer=folder, tokenizer_sha256=tokenizer.sha256, vocab_size=vocab_size)
+    return saved.save(chunks, None, TrainState().to_dict())
+
+
+if __name__ == "__main__":
+    from engine.runtime import command
+
+    sys.exit(command(main, sys.argv[1:]))

@@ -1,0 +1,165 @@
+"""What every training stage does, in order; a driver says what it reads and what its loss is."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from engine import launch
+from engine.checkpoint.adapters import Base
+from engine.checkpoint.manager import Checkpointer, agree
+from engine.config import Config, vocabulary
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import UserError
+from engine.evaluation.perplexity import evaluate
+from engine.model import build, lora_report
+from engine.model.objective import NEXT_TOKEN, Objective
+from engine.origin import Origin
+from engine.parallel import topology, wrap
+from engine.parallel.topology import Groups
+from engine.train import loop, optimizer
+from engine.train.run import logger_for, report_first_step, report_start
+from engine.train.state import TrainState
+
+
+@dataclass
+class Data:
+    """What a stage reads: loaders with the interface of ``engine.data.loader.Loader``, closed with it.
+
+    ``rows``: of one pass over the training data, where ``examples.epochs`` may ask for passes. ``report``: lines for
+    people, said before the first step.
+    """
+
+    train: Any
+    held_out: Any
+    rows: int | None = None
+    report: tuple[str, ...] = ()
+
+    def __enter__(self) -> Data:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.closing(self.train), contextlib.closing(self.held_out):
+            pass
+
+
+@dataclass(frozen=True)
+class Start:
+    """A built model before its first step, for ``before`` of ``run``. ``load`` gives it its initial weights."""
+
+    cfg: Config
+    groups: Groups
+    chunks: list[Any]
+    data: Data
+    load: Callable[[], None]
+
+
+def _base(cfg: Config, origin: Origin | None, groups: Groups) -> Base | None:
+    """What adapters are trained beside, hashed by one rank. Raises ``UserError`` on all."""
+    if cfg.lora is None:
+        return None
+    if origin is None:
+        raise UserError("adapters are trained beside a trained model, and init_from is none", where="init_from",
+                        fix="Name a checkpoint, a run's folder or a Hugging Face directory with --init_from")
+    found = agree(groups, lambda: origin.fingerprint() if groups.is_main else None, f"reading {origin.path}")
+    return Base(origin.path.absolute(), next(sha256 for sha256 in found if sha256 is not None))
+
+
+def with_epochs(cfg: Config, rows: int | None) -> Config:
+    """``train.max_steps`` from ``examples.epochs`` and the rows of a pass, where the former is set."""
+    epochs = cfg.examples.epochs
+    if epochs is None or rows is None:
+        return cfg
+    return cfg.with_values({"train.max_steps": max(1, math.ceil(epochs * rows / cfg.train.global_batch_size))})
+
+
+def run(
+    cfg: Config,
+    *,
+    tokenizer: Path,
+    data: Callable[[Config, Groups], Data],
+    origin: Origin | None = None,
+    objective: Objective = NEXT_TOKEN,
+    before: Callable[[Start], None] | None = None,
+) -> TrainState:
+    """Trains, or resumes, on every rank. Returns how far it came. Raises ``UserError``.
+
+    ``cfg``: settled (``engine.origin.settle``). ``data`` is called once the groups are there. ``before``: what must be
+    known of the initial weights (a reference's log-probabilities); called on every start, resumed ones too.
+    """
+    known = load_tokenizer(tokenizer)
+    vocab_size = vocabulary(cfg.model, known.vocab_size)
+    with topology.groups(cfg) as groups, data(cfg, groups) as found:
+        cfg = with_epochs(cfg, found.rows)
+        bare = build.model(cfg, groups, vocab_size)
+        added = [] if cfg.lora is None else lora_report.check(bare, cfg, groups).lines()
+
+        def load() -> None:
+            if origin is not None:
+                origin.load(bare, cfg, groups)
+
+        if before is not None:
+            before(Start(cfg, groups, bare, found, load))
+        checkpoints = Checkpointer(cfg, groups, tokenizer=tokenizer, tokenizer_sha256=known.sha256,
+                                   vocab_size=vocab_size, base=_base(cfg, origin, groups))
+        resumed = checkpoints.find_resume()
+        if resumed is None or cfg.lora is not None:  # a checkpoint of adapters does not hold their base
+            load()
+        chunks = wrap.apply(bare, cfg, groups)
+        update = optimizer.build(chunks, cfg, groups)
+        state = TrainState()
+        if resumed is not None:
+            state = TrainState.from_dict(checkpoints.load(resumed, chunks, update))
+        with logger_for(cfg, groups, state) as logger:
+            report_start(logger, cfg, groups, chunks, resumed_from=resumed, held_out_tokens=found.held_out.num_tokens,
+                         origin=None if origin is None else origin.path)
+            for line in (*added, *found.report):
+                logger.message(line)
+            limit = cfg.evaluation.eval_batches
+            validate = partial(
+                evaluate, chunks, found.held_out, groups, micro_batch_size=cfg.train.micro_batch_size,
+                seq_length=cfg.model.seq_length, objective=objective,
+                max_sequences=None if limit is None else limit * cfg.train.global_batch_size)
+            loop.run(
+                cfg, chunks, update, found.train, groups, state=state, logger=logger, vocab_size=vocab_size,
+                save=lambda s: checkpoints.save(chunks, update, s.to_dict()),
+                evaluate=validate if found.held_out.num_tokens >= 2 else None,
+                on_first_step=lambda: report_first_step(logger), objective=objective)
+            if cfg.checkpoint.load_best_at_end and (best := checkpoints.end_with_best(chunks, state.to_dict())):
+                logger.message(f"ends with the best weights, of step {state.best_step}: {best}")
+    return state
+
+
+def on_tokens(cfg: Config, origin: Origin | None = None) -> TrainState:
+    """Pretraining and mid-training: a stage on prepared directories. On every rank. Raises ``UserError``."""
+    from engine.data import loader
+    from engine.train.run import check_tokenizer, tokenizer_folder
+
+    folder = tokenizer_folder(cfg)
+    check_tokenizer(cfg, folder, load_tokenizer(folder).sha256)
+    if origin is not None:
+        same_tokenizer(folder, origin)
+
+    def data(cfg: Config, groups: Groups) -> Data:
+        place = {"dp_rank": groups.data_parallel_rank, "dp_size": groups.data_parallel_size}
+        train = loader.build(cfg, "train", **place)
+        return Data(train, loader.build(cfg, "validation", **place))
+
+    return run(cfg, tokenizer=folder, data=data, origin=origin)
+
+
+def same_tokenizer(folder: Path, origin: Origin) -> None:
+    """Refuses data whose tokens another tokenizer made than the initial model's. Raises ``UserError``."""
+    if load_tokenizer(folder).sha256 != load_tokenizer(origin.tokenizer).sha256:
+        raise UserError(f"holds another tokenizer than that of {origin.path}, whose weights the run starts from",
+                        where=str(folder.parent), fix=f"Prepare the data with --tokenizer {origin.tokenizer}")
+
+
+def set_environment(cfg: Config) -> None:
+    """What CUDA reads of the environment when it starts: first thing in a driver."""
+    launch.set_gpu_environment(tensor=cfg.parallel.tensor, context=cfg.parallel.context, device=cfg.device)

@@ -1,0 +1,269 @@
+"""Adapters on a base of NF4 codes: the same model under every layout, loaded layer by layer, trained as its dequantised
+weights would be."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import lora_runs
+import pytest
+import qlora_runs
+import tiny
+import torch
+from qlora_runs import SHAPES, WIDTHS, qlora
+
+from engine.config import Config, LoraConfig
+from engine.config.nf4 import BLOCK
+from engine.errors import UserError
+from engine_kernels import nf4
+
+COMMON = WIDTHS | {"train__global_batch_size": 8, "train__eps": 1e-5, "train__clip_grad": 0.5}
+TP2, PP2, EP2 = {"parallel__tensor": 2}, {"parallel__pipeline": 2}, {"parallel__expert": 2}
+SP, ETP1 = TP2 | {"parallel__sequence_parallel": True}, {"parallel__expert_tensor": 1}
+DOUBLE = {"double_quant": True}
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """An ordinary checkpoint of each shape, saved by one rank, and its unsplit weights."""
+    known: dict[str, tuple[Path, dict]] = {}
+
+    def make(shape: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        if shape not in known:
+            run = tiny.start(tiny.config(corpus, tmp_path_factory.mktemp(shape), **COMMON | SHAPES[shape]))
+            run.step()
+            known[shape] = run.save(), tiny.whole_weights(run)
+        return known[shape]
+
+    return make
+
+
+def quantised(name: str, weight: torch.Tensor) -> bool:
+    return weight.dim() == 2 and "decoder.layers" in name and "router" not in name
+
+
+def through_nf4(name: str, weight: torch.Tensor, double_quant: bool) -> torch.Tensor:
+    """What an unsplit weight is after quantisation; groups of scales run along what its layer never splits."""
+    q = nf4.quantise_nf4_reference(weight)
+    if double_quant:
+        q = nf4.compressed(q, along=0 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 1)
+    return nf4.dequantise_nf4_reference(q, weight.dtype)
+
+
+def assert_quantised(found: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], double_quant: bool) -> None:
+    assert found.keys() == {name for name, weight in weights.items() if quantised(name, weight)}
+    for name, value in found.items():
+        assert torch.equal(value, through_nf4(name, weights[name], double_quant)), name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("lora", [{}, DOUBLE], ids=["single", "double"])
+def test_a_checkpoint_is_quantised_weight_by_weight(config, trained, shape, lora):
+    checkpoint, weights = trained(shape)
+    chunks = qlora_runs.loaded(qlora(config(**COMMON | SHAPES[shape]), **lora), checkpoint)
+    assert_quantised(qlora_runs.dequantised(chunks), weights, bool(lora))
+    for name, p in chunks[0].named_parameters():  # the rest is as it was
+        assert ".adapter." in name or torch.equal(p, weights[name]), name
+        assert not quantised(name, p) or ".adapter." in name
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_training_is_that_of_the_dequantised_weights(config, shape, kernels):
+    """Losses, gradients of the adapters and their weights, bit for bit but for the order in which experts are added."""
+    cfg = config(**COMMON | SHAPES[shape], model__kernels=kernels)
+    found = lora_runs.three_steps(qlora(cfg))
+    run = tiny.start(qlora(cfg, base="none"))
+    expected = _three_steps_dequantised(run)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    for name, value in expected["gradients"].items():
+        torch.testing.assert_close(found["gradients"][name], value, rtol=1e-5, atol=1e-6)
+
+
+def _three_steps_dequantised(run: tiny.Run) -> dict[str, Any]:
+    """``lora_runs.three_steps`` of a model whose weights went through NF4 and back."""
+    from engine.model import whole
+
+    with torch.no_grad():
+        for name, p in whole.global_names(run.chunks[0]).items():
+            if quantised(name, p) and ".adapter." not in name:
+                p.copy_(through_nf4(name, p, False))
+    lora_runs.randomise(run.chunks)
+    for inner in run.optimizer.chained_optimizers:
+        if not inner.is_stub_optimizer:
+            inner.reload_model_params()
+    results = [run.step()]
+    gradients = lora_runs.adapters_only(tiny.whole_weights(run, lora_runs.gradient))
+    results += [run.step(), run.step()]
+    return {"losses": [r.sums.loss for r in results], "gradients": gradients}
+
+
+# name: (shape, adapters, layout)
+TWO_RANKS = {
+    "dp2": ("dense", {}, {}),
+    "tp2": ("dense", DOUBLE, TP2),
+    "tp2_sp": ("biases", DOUBLE, SP),
+    "tp2_sp_recompute": ("dense", {}, SP | {"train__recompute": "full"}),
+    "pp2": ("dense", DOUBLE, PP2),
+    "ep2": ("mixtral", DOUBLE, EP2),
+    "etp2": ("deepseek", DOUBLE, SP),
+    "tp2_ep2_etp1": ("gpt_oss", {}, SP | EP2 | ETP1),
+    "cp2": ("dense", {}, {"parallel__context": 2}),
+}
+FOUR_RANKS = {
+    "tp2_pp2": ("dense", DOUBLE, TP2 | PP2),
+    "ep2_tp2": ("mixtral", DOUBLE, EP2 | SP),
+}
+
+
+def write_cases(folder: Path, config, trained, cases: dict) -> None:
+    written = {name: {"config": tiny.to_json(config(**COMMON | SHAPES[shape] | layout)), "lora": lora,
+                      "checkpoint": str(trained(shape)[0]), "trains": True}
+               for name, (shape, lora, layout) in cases.items()}
+    (folder / "cases.json").write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize(("world", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["two", "four"])
+def test_every_layout_holds_and_trains_the_same_model(config, corpus, trained, tmp_path: Path, world: int, cases: dict):
+    write_cases(tmp_path, config, trained, cases)
+    ranks = tiny.launch(Path(__file__).with_name("qlora_ranks.py"), world, tmp_path)
+    outputs = [output.strip().splitlines()[-15:] for _, output in ranks]
+    assert [code for code, _ in ranks] == [0] * world, outputs
+    known: dict = {}
+    for name, (shape, lora, layout) in cases.items():
+        found = torch.load(tmp_path / f"{name}.pt")
+        assert_quantised(found["loaded"], trained(shape)[1], bool(lora))
+        key = shape, bool(lora), "train__recompute" in layout
+        if key not in known:
+            kept = {k: v for k, v in layout.items() if k.startswith("train")}
+            known[key] = lora_runs.three_steps(qlora(config(**COMMON | SHAPES[shape] | kept), **lora))
+        assert not differences(found, known[key]), (name, differences(found, known[key]))
+
+
+def differences(found: dict, expected: dict, bound: float = 1e-5) -> list[str]:
+    wrong = [f"{kind} {found[kind]} for {expected[kind]}" for kind in ("losses", "norms")
+             if found[kind] != pytest.approx(expected[kind], rel=bound)]
+    for kind in ("gradients", "weights"):
+        assert found[kind].keys() == expected[kind].keys()
+        for name, value in expected[kind].items():
+            error = ((found[kind][name] - value).norm() / (value.norm() + 1e-30)).item()
+            if not error <= bound:
+                wrong.append(f"{kind}: {name} is off by {error:.1e}")
+    return wrong
+
+
+def test_numbers_that_are_not_finite_are_refused_on_all_ranks(config, corpus, trained, tmp_path: Path):
+    """Of a weight that one of two pipeline ranks holds: the other one does not wait for it."""
+    run = tiny.start(config(**COMMON))
+    with torch.no_grad():
+        layer: Any = tiny.unwrapped(run).decoder.layers[0]
+        layer.mlp.linear_fc2.weight[3, 70] = torch.nan
+    broken = run.save()
+    written = {"config": tiny.to_json(config(**COMMON | PP2)), "lora": {}, "checkpoint": str(broken), "trains": False}
+    (tmp_path / "cases.json").write_text(json.dumps({"nan": written}))
+    ranks = tiny.launch(Path(__file__).with_name("qlora_ranks.py"), 2, tmp_path, timeout=120)
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    for rank in range(2):
+        assert (tmp_path / f"nan.{rank}.txt").read_text() == (
+            "decoder.layers.0.mlp.linear_fc2.weight: holds NaN or infinity, which cannot be quantised. Start from a "
+            "sound checkpoint, or use lora.base none")
+
+
+def test_memory_of_the_base(config):
+    """4.5 bits a weight, 4.1 with scales in 8 bits; nothing else of its size, before, in, or after a step."""
+    from engine.model import build, quantized
+
+    cfg = config(**COMMON | SHAPES["mixtral"])
+    plain = build.parameter_count(tiny.start(qlora(cfg, base="none")).chunks)
+    tiny.forget_layout()
+    run = tiny.start(qlora(cfg))
+    assert build.parameter_count(run.chunks) == plain
+    held = quantized.weights(run.chunks[0])
+    for weight in held.values():
+        assert weight.nbytes * 8 == 4.5 * weight.numel()
+        assert sum(t.untyped_storage().nbytes() for t in weight.packed.tensors()) in (
+            weight.nbytes, 4 * weight.nbytes)  # experts share their layer's memory
+    run.step()
+    in_parameters = sum(p.numel() for chunk in run.chunks for p in chunk.parameters())
+    assert in_parameters == plain - sum(weight.numel() for weight in held.values())
+    assert not any(buffer.main_grad is not None for name, buffer in run.chunks[0].named_parameters()
+                   if ".adapter." not in name and getattr(buffer, "main_grad", None) is not None)
+
+
+def test_no_weight_is_kept_for_the_backward_pass(config):
+    run = tiny.start(qlora(config(**COMMON | SHAPES["mixtral"])))
+    shapes = {tuple(weight.shape) for weight in _weights(run).values()}
+    kept = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run.step()
+    assert kept
+    assert not shapes & set(kept), shapes & set(kept)
+
+
+def _weights(run: tiny.Run) -> dict[str, Any]:
+    from engine.model import quantized
+
+    return quantized.weights(run.chunks[0])
+
+
+def test_a_blank_weight_is_not_multiplied_with(config, tmp_path):
+    cfg = qlora(config(**COMMON)).model_copy(update={"init_from": str(tmp_path)})
+    chunks, _ = qlora_runs.chunks_of(cfg)
+    with pytest.raises(AssertionError, match=r"decoder\.layers\.0\.self_attention\.linear_qkv\.weight was never loaded"):
+        chunks[0](torch.zeros(1, tiny.SEQ, dtype=torch.long), torch.arange(tiny.SEQ)[None], None)
+
+
+def test_training_in_bf16(config):
+    """The base is dequantised to bf16, and adapters learn."""
+    run = tiny.start(qlora(config(**COMMON | SHAPES["mixtral"], train__precision="bf16", train__max_steps=12)))
+    assert {weight.dtype for weight in _weights(run).values()} == {torch.bfloat16}
+    assert all(weight.packed.absmax.dtype == torch.float32 for weight in _weights(run).values())
+    before = {name: weight.dense() for name, weight in _weights(run).items()}
+    losses = [run.step().sums.loss for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.5
+    assert all(torch.equal(weight.dense(), before[name]) for name, weight in _weights(run).items())
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model__hidden_size": 96}, "lora.base: nf4 has blocks of 64 input features, which 96 on a rank "
+     "(model.hidden_size, parallel.tensor 1) are no multiple of. Use lora.base none"),
+    ({"parallel__tensor": 4}, "lora.base: nf4 has blocks of 64 input features, which 32 on a rank (model.head_dim, "
+     "parallel.tensor 4) are no multiple of. Use parallel.tensor 2, or lora.base none"),
+    ({"model__ffn_hidden_size": 192, "parallel__tensor": 2}, "lora.base: nf4 has blocks of 64 input features, which 96 "
+     "on a rank (model.ffn_hidden_size, parallel.tensor 2) are no multiple of. Use parallel.tensor 1, or lora.base "
+     "none"),
+    ({"model__moe": {"num_experts": 4, "ffn_hidden_size": 192}, "parallel__tensor": 2, "parallel__expert_tensor": 2,
+      "parallel__sequence_parallel": True},
+     "lora.base: nf4 has blocks of 64 input features, which 96 on a rank (model.moe.ffn_hidden_size, "
+     "parallel.expert_tensor 2) are no multiple of. Use parallel.expert_tensor 1, or lora.base none"),
+    ({"train__fp8": True}, "train.fp8: multiplies weights in 8 bits, but lora holds frozen ones in 4. Use train.fp8 "
+     "false (--no-fp8)"),
+    ({"model__backend": "te"}, "model.backend: te has no adapters (lora). Use backend engine"),
+    ({"lora__base": "none", "lora__double_quant": True},
+     "lora.double_quant: quantises the scales of nf4, but lora.base is none. Set lora.base to nf4"),
+])
+def test_refusals(changes, message):
+    values = {"stage": "lora", "lora__base": "nf4", "examples__train": [{"path": "rows.jsonl"}]} | COMMON | changes
+    values = {name.replace("__", "."): value for name, value in values.items()}
+    with pytest.raises(UserError, match=re.escape(message)):
+        Config().with_values(values)
+
+
+def test_blocks_on_two_ranks_are_refused_without_the_configuration(config):
+    """A model that is loaded for evaluation goes through no such checks."""
+    with pytest.raises(UserError, match=r"lora\.base: NF4 has blocks of 64 input features, but a layer here has 96"):
+        qlora_runs.chunks_of(qlora(config(**COMMON | {"model__ffn_hidden_size": 96})))
+
+
+def test_the_configuration_knows_the_block():
+    assert BLOCK == nf4.BLOCK
+    assert LoraConfig(base="nf4").double_quant is False

@@ -1,0 +1,27 @@
+"""Run by test_lora_layouts.py as several ranks: three steps of adapters under each layout, one after the other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import lora_runs
+import tiny
+import torch
+
+
+def main(folder: Path) -> None:
+    import torch.distributed as dist
+
+    for name, (text, lora) in json.loads((folder / "cases.json").read_text()).items():
+        print("case", name, flush=True)
+        tiny.forget_layout()
+        found = lora_runs.three_steps(lora_runs.with_lora(tiny.from_json(text), **lora))
+        if dist.get_rank() == 0:
+            torch.save(found, folder / f"{name}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
