@@ -9,7 +9,7 @@ PIP     = $(BIN)/python -m pip install -qq --disable-pip-version-check
 STDLIB  = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hpp)
 
-.PHONY: demo test lint layouts bench clean
+.PHONY: demo pipeline test lint layouts bench clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -c "import sys; sys.exit('error: Python 3.11 or newer is needed, this is %d.%d: set PYTHON=' % sys.version_info[:2] if sys.version_info < (3, 11) else 0)"
@@ -26,10 +26,20 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
+# What the stages after pretraining and the exports read and write besides.
+$(VENV)/.installed-post: $(VENV)/.installed
+	$(PIP) --editable '.[post]'
+	@touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/mainspring prepare --input $(STDLIB) --exclude site-packages --exclude dist-packages --output $(DEMO)/data --vocab_size 4096 --validation_fraction 0.02
 	$(BIN)/python engine/pretrain.py --config configs/pretrain/demo_cpu.yaml --data.path $(DEMO)/data --output_dir $(DEMO)/run
 	$(BIN)/mainspring report --run $(DEMO)/run
+
+# Every stage from raw text to exported models, with gates between, on two CPU cores. A second run goes on, or says that
+# all is done; runs/pipeline/report.html is the report.
+pipeline: $(VENV)/.installed-post
+	$(BIN)/mainspring pipeline --config configs/pipeline.yaml
 
 # Two workers with one thread each; parallel tests are 2 processes over gloo. A GPU is hidden: these tests prove values
 # on CPUs, and two workers would share it.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from engine.errors import UserError
 
 if TYPE_CHECKING:
+    from engine.checkpoint.restore import Restored
     from engine.config.answer import AnswerConfig
     from engine.evaluation.answers import Answer, Messages
 
@@ -55,37 +56,51 @@ def opened(options: AnswerConfig) -> Iterator[Callable[[Messages], Answer]]:
     from engine.checkpoint import restore
     from engine.origin import load_base
 
-    with restore.model(options.model, device=options.device, precision=options.precision,
-                       load_base=load_base) as restored:
+    plan = restore.plan(options.model, device=options.device, precision=options.precision)
+    with restore.load(plan, load_base=load_base) as restored:
         yield from_checkpoint(restored, options)
 
 
-def from_checkpoint(restored, options: AnswerConfig) -> Callable[[Messages], Answer]:
+def from_checkpoint(restored: Restored, options: AnswerConfig) -> Callable[[Messages], Answer]:
     """Answers of a model of the engine's, on one rank, prompts rendered by the template that it was trained with."""
     from engine.evaluation.answers import Answer
     from engine.evaluation.generation import Sampling, generate
 
     tokenizer, sampling = restored.tokenizer, Sampling(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-    encode = encoder(restored, chat=options.chat)
+    encode, end = encoder(restored, chat=options.chat)
 
     def answer(messages: Messages) -> Answer:
         prompt = encode(messages)
         limit = min(options.max_new_tokens, restored.cfg.model.seq_length - len(prompt))
-        added = generate(restored.chunks[0], prompt, sampling, eod_id=tokenizer.eod_id,
-                         vocab_size=tokenizer.vocab_size)[0]
+        added = generate(restored.chunks[0], prompt, sampling, eod_id=end, vocab_size=tokenizer.vocab_size)[0]
         return Answer(tokenizer.decode(added), len(added), len(added) < limit)
 
     return answer
 
 
-def encoder(restored, *, chat: bool) -> Callable[[Messages], list[int]]:
-    """From messages to token ids; of a model that learned no template (``chat`` false, pretraining), plain text."""
+def encoder(restored: Restored, *, chat: bool) -> tuple[Callable[[Messages], list[int]], int]:
+    """From messages to token ids, and the token that ends an answer. Of a model that learned no template (``chat``
+    false, or only pretrained) the contents as they are. Words that spell a special token stay words."""
+    tokenizer, cfg = restored.tokenizer, restored.cfg
+    if not chat or cfg.stage not in ("sft", "dpo", "lora"):
+        return lambda messages: tokenizer.encode("\n".join(m["content"] for m in messages)), tokenizer.eod_id
+    from engine.data.chat import templates
+    from engine.data.chat.conversation import BadRow
+    from engine.data.chat.encode import Encoder
 
-    def plain(messages: Messages) -> list[int]:
-        return restored.tokenizer.encode("\n".join(message["content"] for message in messages))
+    template = templates.load(cfg.examples.template, restored.path / "tokenizer", tokenizer)
+    coder = Encoder(tokenizer, template, cfg.model.seq_length)
 
-    return plain
+    def encode(messages: Messages) -> list[int]:
+        try:
+            text = template.render(coder.spelling.shield_all(messages), prompt=True)
+        except BadRow as error:
+            raise UserError(str(error), where="prompt", fix="Use --no-chat, or mend the prompt") from error
+        twins, _ = templates.generated(coder.spelling.twins(text))
+        return coder.spelling.encode(coder.spelling.plain(twins))[0].tolist()
+
+    return encode, min(coder.end_ids, default=tokenizer.eod_id)
 
 
 def write(options: AnswerConfig, rows: str, result: str) -> None:

@@ -52,7 +52,7 @@ def run(cfg: Config) -> TrainState:
     cfg, origin = origins.settle(cfg)
     tokenizer = build.tokenizer_folder(cfg, None if origin is None else origin.tokenizer)
     teacher = origin if cfg.dpo.reference is None else origins.find(cfg.dpo.reference)
-    if teacher is not origin:
+    if teacher is not None and teacher != origin:
         _check_reference(cfg, origin, teacher, tokenizer)
     return stages.run(cfg, tokenizer=tokenizer, data=lambda cfg, groups: pairs(cfg, groups, tokenizer), origin=origin,
                       objective=Preference(cfg.dpo), before=lambda start: _score(start, origin, teacher))
@@ -101,7 +101,7 @@ def _score(start: Start, origin: Origin | None, teacher: Origin | None) -> None:
     model = cfg.model.model_dump(mode="json", include={*_MEANING, "moe"})
 
     def load() -> None:
-        if teacher is origin:
+        if teacher == origin:
             start.load()
         elif teacher is not None:
             teacher.load(start.chunks, cfg, groups)

@@ -7,11 +7,7 @@ process: `torchrun --nproc-per-node 8 -m engine.export_model … --parallel.tens
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError
@@ -74,6 +70,8 @@ def _load_base(options: ExportConfig, plan: Plan) -> Any:
 
 def run(restored: Restored, options: ExportConfig, dtype: str) -> None:
     """Writes ``options.output``. Collective. Raises ``UserError`` on all ranks and leaves nothing behind."""
+    from engine.export import forms
+
     if options.format == "adapter":
         _adapter(restored, options)
         return
@@ -83,62 +81,14 @@ def run(restored: Restored, options: ExportConfig, dtype: str) -> None:
         merged = lora_merge.merge(restored.chunks, restored.groups)
         if restored.groups.is_main:
             print(f"merged: {merged.changed} of {merged.total} matrices changed", file=sys.stderr)
-    if options.format == "hf":
-        _hugging_face(restored, options, options.output, dtype)
-        return
-    with _beside(options.output, restored) as folder:
-        _hugging_face(restored, options, folder / "hf", "fp32" if dtype == "q8_0" else dtype)
-        _gguf(restored, folder / "hf", options.output, {"fp32": "f32", "fp16": "f16"}.get(dtype, dtype))
-
-
-def _hugging_face(restored: Restored, options: ExportConfig, directory: Path, dtype: str) -> None:
-    import torch
-
-    from engine.export import chat, hugging_face
-
-    with torch.no_grad():  # so that what is compared is what is written
-        for chunk in restored.chunks:
-            for parameter in chunk.parameters():
-                parameter.copy_(parameter.to(hugging_face.DTYPES[dtype]))
-
-    def check(folder: Path) -> None:
-        difference = hugging_face.verify(folder, restored.chunks, restored.groups, restored.tokenizer,
-                                         tolerance=options.tolerance)
-        if restored.groups.is_main:
-            print(f"Transformers computes the same logits to {difference:.1e}", file=sys.stderr)
-
-    hugging_face.save(
-        restored.chunks, restored.cfg, restored.groups, restored.path / "tokenizer", directory, dtype=dtype,
-        max_shard_gb=options.max_shard_gb, architecture=options.architecture, seq_length=options.seq_length,
-        chat=chat.of(restored.cfg, restored.path / "tokenizer"), check=check if options.verify else None)
-
-
-@contextmanager
-def _beside(output: Path, restored: Restored) -> Iterator[Path]:
-    """A folder beside the output, where there is room for it, on every rank the same; gone at the end."""
-    from engine.checkpoint.manager import agree
-
-    if restored.groups.is_main:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f"{output.name}.", dir=output.absolute().parent) as folder:
-            yield Path(agree(restored.groups, lambda: folder, f"exporting {output}")[0])
-    else:
-        yield Path(agree(restored.groups, lambda: None, f"exporting {output}")[0])
-
-
-def _gguf(restored: Restored, directory: Path, output: Path, dtype: str) -> None:
-    from engine.checkpoint.manager import agree
-    from engine.export import gguf
-
-    agree(restored.groups, lambda: gguf.write(directory, output, dtype) if restored.groups.is_main else None,
-          f"exporting {output}")
+    write = forms.hugging_face_directory if options.format == "hf" else forms.gguf_file
+    write(restored, options, options.output, dtype)
 
 
 def _adapter(restored: Restored, options: ExportConfig) -> None:
-    from engine.export import peft
+    from engine.export import forms, peft_verify
 
-    base = restored.record["base"]
-    peft.save(restored.chunks, restored.cfg, restored.groups, options.output, base=base["path"], record=base)
+    peft_verify.export(restored, options, forms.beside)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""`mainspring import --from DIR --output RUN`: a Hugging Face model as a checkpoint that every stage can start from.
+"""`mainspring import --from DIR --output RUN`: a Hugging Face model as a checkpoint that every stage can start from, or
+adapters that PEFT wrote as a checkpoint beside their base (`--base`), to generate with or to merge.
 
 A model too large for one process: `torchrun --nproc-per-node 8 -m engine.import_model … --parallel.tensor 8`.
 """
@@ -27,9 +28,10 @@ def main(argv: list[str]) -> int:
 
     from engine.parallel import topology
 
-    cfg = configuration(options)
+    of_adapters = (options.source / "adapter_config.json").is_file()
+    cfg = adapters_configuration(options) if of_adapters else configuration(options)
     with topology.groups(cfg) as groups:
-        path = run(cfg, groups, options)
+        path = adapters(cfg, groups, options) if of_adapters else run(cfg, groups, options)
         if groups.is_main:
             print(path)
     return 0
@@ -50,6 +52,50 @@ def configuration(options: ImportConfig) -> Config:
     cfg = cfg.model_copy(update={"parallel": ParallelConfig(**options.parallel.model_dump())})
     restore.check_layout(cfg)
     return cfg
+
+
+def adapters_configuration(options: ImportConfig) -> Config:
+    """As a run of the stage lora would have it. Raises ``UserError``."""
+    from engine import origin
+    from engine.checkpoint import restore
+    from engine.config import Config, ParallelConfig
+    from engine.errors import UserError
+    from engine.export import peft
+
+    if options.base is None:
+        raise UserError("holds adapters, which are no model without their base", where=str(options.source),
+                        fix="Name it with --base")
+    base = origin.find(options.base)
+    precision = "fp32" if options.precision == "auto" else options.precision
+    cfg = Config.model_validate({
+        "stage": "lora", "init_from": str(base.path.absolute()), "output_dir": options.output, "device": options.device,
+        "model": base.model_section(), "lora": peft.section(options.source), "train": {"precision": precision}})
+    cfg = cfg.model_copy(update={"parallel": ParallelConfig(**options.parallel.model_dump())})
+    restore.check_layout(cfg)
+    return cfg
+
+
+def adapters(cfg: Config, groups: Any, options: ImportConfig) -> Path:
+    """Reads adapters and saves them, naming their base. -> the checkpoint. Collective."""
+    from engine import origin
+    from engine.checkpoint.adapters import Base
+    from engine.checkpoint.manager import Checkpointer
+    from engine.config import ParallelConfig, vocabulary
+    from engine.data.tokenizer import load_tokenizer
+    from engine.export import peft
+    from engine.model import build
+    from engine.train.state import TrainState
+
+    base = origin.find(str(cfg.init_from))
+    folder = options.tokenizer or base.tokenizer
+    tokenizer, sha256 = load_tokenizer(folder), base.fingerprint()
+    vocab_size = vocabulary(cfg.model, tokenizer.vocab_size)
+    chunks = build.model(cfg, groups, vocab_size)
+    peft.load(options.source, chunks, cfg, groups, base_sha256=sha256)
+    kept = cfg.model_copy(update={"parallel": ParallelConfig()})
+    saved = Checkpointer(kept, groups, tokenizer=folder, tokenizer_sha256=tokenizer.sha256, vocab_size=vocab_size,
+                         base=Base(base.path.absolute(), sha256))
+    return saved.save(chunks, None, TrainState().to_dict())
 
 
 def _stored_precision(directory: Path) -> str:

@@ -60,8 +60,8 @@ def examples(cfg: Config, groups: Groups, tokenizer: Path) -> Data:
     held_out = build.build(cfg, tokenizer, "validation", **place)
     rows = train.rows_per_epoch
     if cfg.examples.audit and groups.is_main:
-        for line in audit(cfg, tokenizer, train, colour=sys.stdout.isatty()):
-            print(line, flush=True)
+        for line in audit(cfg, tokenizer, train, colour=sys.stderr.isatty()):
+            print(line, file=sys.stderr, flush=True)  # where the console's lines go
     return Data(train, held_out, rows=rows, report=(*train.report, *held_out.report,
                                                     *described(with_epochs(cfg, rows), train)))
 

@@ -154,10 +154,9 @@ def _explain(error: BaseException, directory: Path) -> UserError:
                      fix="Load it with the model section of its own config.yaml")
 
 
-def _read(directory: Path, wanted: dict, *, all_ranks_ask_for_all: bool = True) -> Any:
+def _read(directory: Path, wanted: dict) -> Any:
     try:
-        return dist_checkpointing.load(wanted, str(directory), strict=StrictHandling.ASSUME_OK_UNEXPECTED,
-                                       validate_access_integrity=all_ranks_ask_for_all)
+        return dist_checkpointing.load(wanted, str(directory), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
     except (CheckpointingException, CheckpointException, KeyError, ValueError, RuntimeError) as error:
         raise _explain(error, directory) from error
 
@@ -230,11 +229,11 @@ def load(directory: Path, chunks, optimizer, groups: Groups) -> None:
     state["fp8"] = fp8.to_checkpoint(chunks, stored)
     spare |= {key for key in stored if key.startswith(fp8.CHECKPOINT_PREFIX)}
     model_keys = {value.key for value in nested_values(state) if isinstance(value, ShardedBase)}
-    model_keys |= {place.key for layer in base for _, place in layer.values()}
+    model_keys |= {place.key for _, place in base}
     _check_keys(model_keys | restoring.keys(), stored, spare, directory, groups)
     loaded = _read(directory, state | {"optimizer": restoring.wanted})
     _fill_model(chunks, loaded, base=frozen)
-    quantized_base.fill(base, lambda wanted: _read(directory, wanted, all_ranks_ask_for_all=False))
+    quantized_base.fill(directory, base)
     fp8.fill(chunks, loaded.get("fp8", {}))
     if optimizer is None:
         return

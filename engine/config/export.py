@@ -13,13 +13,16 @@ Architecture = Literal["auto", "llama", "mistral", "qwen2", "qwen3", "mixtral", 
 
 
 class ImportConfig(Section):
-    """A Hugging Face model as a checkpoint of the engine."""
+    """A Hugging Face model, or adapters that PEFT wrote, as a checkpoint of the engine."""
 
     aliases: ClassVar[dict[str, str]] = {"from": "source"}
 
     source: Path = option(..., "Hugging Face directory: config.json, safetensors, tokenizer (--from for short)")
     output: Path = option(..., "the run's folder; the checkpoint becomes its iter_0000000")
     tokenizer: Path | None = option(None, "tokenizer (null: the directory's own)")
+    base: str | None = option(
+        None, "of adapters: the model beside which they were trained, a checkpoint or a Hugging Face directory",
+        min_length=1)
     seq_length: int | None = option(None, "context length (null: max_position_embeddings)", "tokens", ge=2, le=2**31)
     precision: Literal["auto", "fp32", "bf16"] = option(
         "auto", "what the checkpoint stores; auto is the files' own, with fp32 for fp16")

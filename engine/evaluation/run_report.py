@@ -19,7 +19,7 @@ NAME = "report.html"
 # Charts in this order, then the rest by name. What follows from another or never changes has none.
 _FIRST = ("loss", "accuracy", "sequence_accuracy", "rewards/margins", "rewards/accuracies", "rewards/chosen",
           "rewards/rejected", "logps/chosen", "logps/rejected", "grad_norm", "lr", "tokens_per_sec")
-_LEFT_OUT = {"consumed_tokens", "seq_length", "global_batch_size", "perplexity", "memory_gb", "mfu"}
+_LEFT_OUT = {"consumed_tokens", "seq_length", "global_batch_size", "micro_batch_size", "perplexity", "memory_gb", "mfu"}
 _WORDS = {"promoted": "promoted", "refused": "refused by a gate", "failed": "failed", "running": "running",
           "interrupted": "interrupted", "waiting": "not reached"}
 _MARKS = {"promoted": "✓", "refused": "✕", "failed": "✕", "running": "…", "interrupted": "‖", "waiting": "·"}
@@ -182,15 +182,23 @@ def _step(folder: Path, name: str, record: dict[str, Any], rows: list[dict[str, 
             f"{_result_file(folder / name)}{_samples(folder / name)}{_details(record)}")
 
 
+def bare(column: str) -> str:
+    """A metric's name without the split that it was measured on."""
+    return column.removeprefix("train/").removeprefix("val/")
+
+
 def charts(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> str:
     """A chart for each metric, training and validation in one; with the bound of the gate that reads it."""
-    names = {column.partition("/")[2] for row in rows for column in row if column.startswith(("train/", "val/"))}
-    levels = {gate["metric"].partition("/")[2]: next(iter(gate["bounds"].values())) for gate in found
-              if gate["file"] == "metrics.jsonl" and gate["metric"].startswith(("train/", "val/"))}
+    columns = {column for row in rows for column in row if "/" in column}
+    names = {bare(column) for column in columns}
+    names -= {"accuracy"} if "rewards/accuracies" in names else set()  # of pairs they are the same
+    levels = {bare(gate["metric"]): next(iter(gate["bounds"].values())) for gate in found
+              if gate["file"] == "metrics.jsonl"}
     order = [name for name in _FIRST if name in names] + sorted(names - {*_FIRST, *_LEFT_OUT})
     figures = []
     for name in order:
-        lines = [Line("training", "train", gates.series(rows, f"train/{name}")),
+        own = f"train/{name}" if f"train/{name}" in columns else name  # rewards/* and logps/* are the batch's
+        lines = [Line("training", "train", gates.series(rows, own)),
                  Line("validation", "val", gates.series(rows, f"val/{name}"))]
         level = ("gate", levels[name]) if name in levels else None
         picture = chart(lines, title=name, level=level)

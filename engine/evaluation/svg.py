@@ -40,12 +40,17 @@ class Band:
 
 def chart(lines: Sequence[Line], *, title: str, width: int = WIDTH, height: int = HEIGHT, bands: Sequence[Band] = (),
           level: tuple[str, float] | None = None, x_unit: str = "steps") -> str:
-    """One chart; "" without points. ``level``: a named horizontal line. What is not finite is left out."""
+    """One chart; "" without points. ``level``: a named horizontal line, left out where it would flatten the lines.
+
+    Points that are not finite are left out.
+    """
     lines = [Line(line.name, line.kind, finite(line.points)) for line in lines]
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
     every = [point for line in lines for point in line.points]
+    if level is not None and _far(level[1], [y for _, y in every]):
+        level = None
     x_low, x_high = min(0.0, min(x for x, _ in every)), max(x for x, _ in every)
     y_low, y_high = y_range(lines, level)
     frame = _Frame(x_low, max(x_high, x_low + 1), y_low, y_high, width, height)
@@ -57,6 +62,13 @@ def chart(lines: Sequence[Line], *, title: str, width: int = WIDTH, height: int 
     label = html.escape(title, quote=True)
     return (f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">' + "".join(parts)
             + "</svg>")
+
+
+def _far(value: float, among: Sequence[float]) -> bool:
+    """Whether ``value`` lies farther from the others than they are apart."""
+    low, high = min(among), max(among)
+    reach = max(high - low, 0.2 * abs(high))
+    return not low - reach <= value <= high + reach
 
 
 def finite(points: Points) -> list[tuple[float, float]]:

@@ -143,12 +143,22 @@ def section_of(family: Family, config: dict, file: Path) -> dict:
     found |= _read_features(s, family)
     if family.experts:
         found["moe"] = _read_experts(s, family, found)
+    _check_quantization(s, family)
     s.expect_nothing_else()
     try:
         ModelConfig(**found)
     except UserError as error:
         raise UserError(str(error), where=str(file), fix="") from None
     return found
+
+
+def _check_quantization(s: Settings, family: Family) -> None:
+    """GPT-OSS's own form is read; what others made of a model is not what it was."""
+    found = s.get("quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if method is not None and (method != "mxfp4" or "gpt_oss_mxfp4" not in family.experts):
+        raise s.error("quantization_config", f"weights quantised by {method!r} cannot be read",
+                      "Take the model that was not quantised")
 
 
 def _read_features(s: Settings, family: Family) -> dict:

@@ -20,7 +20,7 @@ import numpy as np
 from engine import disk
 from engine.config import ModelConfig
 from engine.errors import UserError
-from engine.export import families, gguf_names, gguf_tokenizer, names
+from engine.export import families, gguf_names, gguf_tokenizer, names, rope
 from engine.export.files import Files
 from engine.export.gguf_names import ARCHITECTURES, Target
 from engine.export.gguf_tokenizer import Vocabulary
@@ -36,7 +36,7 @@ _F16_MAX = 65504.0
 
 @dataclass
 class Written:
-    """What is in the file. ``notes``: in words, where llama.cpp differs from Transformers although the file is right."""
+    """What is in the file. ``notes``: in words, where llama.cpp differs from Transformers although it is right."""
 
     path: Path
     dtype: str
@@ -186,7 +186,7 @@ def _write(package: Any, model: Model, path: Path, kind: str, title: str) -> Cou
     writer.add_file_type(package.LlamaFileType[file_types[kind]])
     writer.add_quantization_version(package.GGML_QUANT_VERSION)
     counts: Counter[str] = Counter()
-    factors = _rope_factors(model.config)
+    factors = _rope_factors(model.config, model.family)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     for target in model.targets:
@@ -222,7 +222,9 @@ def _add_settings(package: Any, writer: Any, model: Model) -> None:
     writer.add_vocab_size(model.vocab_size)
     writer.add_rope_dimension_count(m.head_dim)
     writer.add_rope_freq_base(m.rotary_base)
-    if m.yarn is not None:
+    if _rope_factors(m, model.family) is not None and m.yarn is not None:
+        writer.add_rope_scaling_attn_factors(rope.magnitude(m.yarn.factor))
+    elif m.yarn is not None:
         writer.add_rope_scaling_type(package.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(m.yarn.factor)
         writer.add_rope_scaling_orig_ctx_len(m.yarn.original_seq_length)
@@ -234,21 +236,31 @@ def _add_settings(package: Any, writer: Any, model: Model) -> None:
         writer.add_expert_feed_forward_length(m.moe.ffn_hidden_size)
     if model.family == "gpt_oss":
         layers = gguf_names.sliding_layers(m)
-        writer.add_sliding_window(m.window_size or m.seq_length)
-        if layers != [i % 2 == 0 for i in range(m.num_layers)]:  # llama.cpp's own rule
+        writer.add_sliding_window(m.window_size or m.seq_length)  # it must have one: all of the context changes nothing
+        if any(layers) and layers != [i % 2 == 0 for i in range(m.num_layers)]:  # which is llama.cpp's own rule
             writer.add_sliding_window_pattern(layers)
 
 
-def _rope_factors(m: ModelConfig) -> np.ndarray | None:
-    """[d/2] fp32: what llama.cpp divides each rotary frequency by, Llama 3.1's stretch."""
-    rope = m.llama3_rope
-    if rope is None:
-        return None
+def _rope_factors(m: ModelConfig, family: str) -> np.ndarray | None:
+    """[d/2] fp32: what llama.cpp divides each rotary frequency by. Llama 3.1's stretch; YaRN where its ramp is not
+    rounded, which llama.cpp's own YaRN always does (but only its llama architecture takes factors)."""
     d = m.head_dim or 0
-    wavelengths = 2 * math.pi * m.rotary_base ** (np.arange(0, d, 2, dtype=np.float64) / d)
-    turns = rope.original_seq_length / wavelengths  # within the original context
-    smooth = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clip(0, 1)
-    return (1 / ((1 - smooth) / rope.factor + smooth)).astype(np.float32)
+    if m.llama3_rope is not None:
+        stretch = m.llama3_rope
+        wavelengths = 2 * math.pi * m.rotary_base ** (np.arange(0, d, 2, dtype=np.float64) / d)
+        turns = stretch.original_seq_length / wavelengths  # within the original context
+        span = stretch.high_freq_factor - stretch.low_freq_factor
+        kept = ((turns - stretch.low_freq_factor) / span).clip(0, 1)
+        factor = stretch.factor
+    elif m.yarn is not None and not m.yarn.truncate and ARCHITECTURES[family] == "llama":
+        first, last = (d * math.log(m.yarn.original_seq_length / (turns * 2 * math.pi)) / (2 * math.log(m.rotary_base))
+                       for turns in (m.yarn.beta_fast, m.yarn.beta_slow))
+        first, last = max(first, 0), min(last, d - 1)
+        kept = 1 - ((np.arange(d // 2) - first) / max(last - first, 0.001)).clip(0, 1)
+        factor = m.yarn.factor
+    else:
+        return None
+    return (1 / ((1 - kept) / factor + kept)).astype(np.float32)
 
 
 def _add_tokenizer(writer: Any, v: Vocabulary) -> None:

@@ -1,4 +1,4 @@
-"""Where each tensor of a GGUF file comes from in a Hugging Face checkpoint, and what llama.cpp wants of each architecture.
+"""Where each tensor of a GGUF file comes from in a Hugging Face checkpoint, and what llama.cpp does not compute.
 
 A tensor is made of the same pieces as the engine's own (engine/export/names.py), so every form of experts on disk is
 read, MXFP4 as well, and every stored tensor is used exactly once.
@@ -145,6 +145,9 @@ def refuse(family: str, m: ModelConfig, where: str) -> None:
     if m.llama3_rope is not None and theirs != "llama":
         problem = f"Llama 3's rotary scaling, which llama.cpp reads in the llama architecture alone, not in {theirs}"
         raise UserError(problem, where=f"{where}: rope_scaling", fix="Use YaRN, or serve it with Transformers")
+    if m.yarn is not None and not m.yarn.truncate and theirs not in ("llama", "gpt-oss"):
+        problem = f"YaRN without rounding to whole dimensions, which llama.cpp cannot do in {theirs}"
+        raise UserError(problem, where=f"{where}: rope_scaling.truncate", fix="Serve it with Transformers or vLLM")
     if theirs == "qwen2" and m.num_attention_heads * (m.head_dim or 0) != m.hidden_size:
         problem = (f"{m.num_attention_heads} heads of {m.head_dim} make no {m.hidden_size} features, as llama.cpp's "
                    "qwen2 needs them to")
@@ -157,9 +160,9 @@ def restrictions(family: str, m: ModelConfig) -> list[str]:
     if family != "gpt_oss" and m.window_size is not None and m.window_size < m.seq_length:
         found.append(f"llama.cpp has no sliding window in {ARCHITECTURES[family]}: the file states a context of "
                      f"{m.window_size} tokens, the window, within which nothing differs")
-    if m.yarn is not None and not m.yarn.truncate:
-        found.append("llama.cpp rounds the ends of YaRN's ramp to whole dimensions, this model does not: "
-                     "logits differ a little")
+    if family == "gpt_oss" and m.yarn is not None and not m.yarn.truncate:
+        found.append("llama.cpp rounds the ends of YaRN's ramp to whole dimensions, this model does not: logits "
+                     "differ, as in every GGUF of GPT-OSS")
     return found
 
 

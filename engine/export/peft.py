@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,19 +151,22 @@ def _config(cfg: LoraConfig, targets: tuple[str, ...], base: str | None) -> dict
 
 
 def save(chunks: list[Any], cfg: Config, groups: Groups, directory: Path, *, base: str | None = None,
-         record: dict[str, Any] | None = None) -> None:
+         record: dict[str, Any] | None = None, check: Callable[[Path], object] = lambda folder: None) -> None:
     """Writes the adapters of the bare chunks as a PEFT directory, which appears whole or not at all. Collective.
 
-    ``base``: the model that PEFT finds by itself (a Hugging Face directory or name). ``record``: what else the
-    adapter's origin is known by (its base's hash), kept in mainspring.json. Raises ``UserError`` on all ranks.
+    ``base``: the model that PEFT finds by itself (a Hugging Face directory or name). ``record``: what the base is known
+    by (``engine.checkpoint.adapters.Base``), kept in mainspring.json. ``check(folder)`` is called on every rank before
+    the folder gets its name. Raises ``UserError`` on all ranks.
     """
-    assert cfg.lora is not None
+    settings = cfg.lora
+    assert settings is not None
     there = {lora.factor(name)[1] for chunk in chunks for name in whole.global_names(chunk) if lora.is_adapter(name)}
     all_there: list = [None] * groups.world_size
     dist.all_gather_object(all_there, there)
     targets = tuple(name for name in LORA_TARGETS if name in set().union(*all_there))
     tensors: dict[str, torch.Tensor] = {}
     homeless: list[str] = []
+    temporary = directory.with_name(directory.name + ".tmp")
     wanted = list(entries(cfg, targets))
     for i in range(cfg.model.num_layers):
         layer = f"decoder.layers.{i}."
@@ -176,31 +179,40 @@ def save(chunks: list[Any], cfg: Config, groups: Groups, directory: Path, *, bas
         homeless += found
 
     def write() -> None:
+        if directory.exists():
+            raise UserError("exists and is not replaced", where=str(directory), fix="Choose another --output")
         if homeless:
             raise UserError(f"PEFT has no place for {homeless[0]}", where="lora.target_modules",
                             fix="Merge the adapters instead: mainspring export --merge")
         if groups.is_main:
-            config = _config(cfg.lora, targets, base)
-            _write(directory, tensors, config, {"peft_layout": LAYOUT_VERSION, **(record or {})})
+            config = _config(settings, targets, base)
+            _write(temporary, tensors, config, {"peft_layout": LAYOUT_VERSION, "base": record or {}})
+
+    def publish() -> None:
+        if groups.is_main:
+            temporary.rename(directory)
+            disk.sync(directory.absolute().parent)
 
     agree(groups, write, f"exporting {directory}")
+    try:
+        check(temporary)
+    except UserError:
+        if groups.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    agree(groups, publish, f"exporting {directory}")
 
 
-def _write(directory: Path, tensors: dict[str, torch.Tensor], config: dict, record: dict) -> None:
+def _write(temporary: Path, tensors: dict[str, torch.Tensor], config: dict, record: dict) -> None:
     from safetensors.torch import save_file
 
-    if directory.exists():
-        raise UserError("exists and is not replaced", where=str(directory), fix="Choose another --output")
-    temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
     for name, content in ((CONFIG, config), (RECORD, record)):
         (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for file in temporary.iterdir():
+    for file in (*temporary.iterdir(), temporary):
         disk.sync(file)
-    temporary.rename(directory)
-    disk.sync(directory.parent)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -277,7 +289,7 @@ def load(directory: Path, chunks: list[Any], cfg: Config, groups: Groups, *, bas
     assert cfg.lora is not None
     found, record = read_config(directory), directory / RECORD
     if base_sha256 is not None and record.is_file():
-        made_for = json.loads(record.read_text(encoding="utf-8")).get("base_sha256")
+        made_for = json.loads(record.read_text(encoding="utf-8")).get("base", {}).get("sha256")
         if made_for not in (None, base_sha256):
             raise UserError("is an adapter for another base (its content hash differs)", where=str(directory),
                             fix="Load it beside the model that it was trained with")

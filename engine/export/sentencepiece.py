@@ -107,20 +107,29 @@ def convert(proto: bytes, *, bos: str | None = None) -> tokenizers.Tokenizer:
         raise UserError("this kind of SentencePiece model has no counterpart in a tokenizer.json", where="tokenizer",
                         fix="Export models whose tokenizer is unigram or BPE")
     found = tokenizers.Tokenizer(core)
-    found.normalizer = normalizers.Sequence(_normalizers(model))
+    found.normalizer = normalizers.Sequence(_normalizers(model, proto))
     found.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", 1, 0)] if model.dummy_prefix else []))
     found.add_tokens([AddedToken(text, normalized=False, special=kind == _CONTROL)
-                      for text, _, kind in model.pieces if kind in (_CONTROL, _USER_DEFINED)])
+                      for text, _, kind in model.pieces if kind == _CONTROL
+                      # Spaces are escaped before SentencePiece looks for these.
+                      or (kind == _USER_DEFINED and not (model.escape_spaces and " " in text))])
     if bos is not None:
         found.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, names.index(bos))])
     return found
 
 
-def _normalizers(model: Model) -> list[Any]:
-    found: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+def _normalizers(model: Model, proto: bytes) -> list[Any]:
+    found: list[Any] = []
+    if model.charsmap:
+        import sentencepiece
+
+        normalised = sentencepiece.SentencePieceProcessor(model_proto=proto).normalize
+        if normalised("a\r\nb") == normalised("a\n\nb"):  # the Rust form takes the pair for one character
+            found.append(normalizers.Replace("\r\n", "\n\n"))
+        found.append(normalizers.Precompiled(model.charsmap))
     if model.remove_extra_spaces:
         found += [normalizers.Replace(tokenizers.Regex(pattern), by) for pattern, by in ((" {2,}", " "), ("^ | $", ""))]
     if model.dummy_prefix:

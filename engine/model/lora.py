@@ -109,7 +109,7 @@ class Adapter(torch.nn.Module):
 
     def all_a(self) -> torch.Tensor:
         """[R, in]: the parts' A above one another."""
-        parts = [self.factors(part)[0] for part in self.chosen]
+        parts: list[torch.Tensor] = [self.factors(part)[0] for part in self.chosen]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def all_b(self) -> torch.Tensor:
@@ -136,7 +136,8 @@ class Adapter(torch.nn.Module):
             return x
         if self.column and not self.sequence_parallel:  # tensor ranks hold the same inputs: the same mask
             return torch.nn.functional.dropout(x, self.dropout)
-        with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracker: Any = tensor_parallel.get_cuda_rng_tracker()  # None only before the process groups exist
+        with tracker.fork():
             return torch.nn.functional.dropout(x, self.dropout)
 
     def _shared(self, z_sbr: torch.Tensor) -> torch.Tensor:
@@ -159,7 +160,7 @@ class Adapter(torch.nn.Module):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
         """Megatron's protocol: every factor with its place in the unsplit one."""
-        own = dict(self.named_parameters())
+        own: dict[str, Any] = dict(self.named_parameters())
         axes = {name: p.partition_dim for name, p in own.items() if getattr(p, "tensor_model_parallel", False)}
         state = make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets, tp_group=self.tp_group,
                                                     dp_cp_group=metadata["dp_cp_group"])
@@ -191,7 +192,7 @@ def _rows(linear: Any, parts: tuple[str, ...], pg: Any) -> tuple[dict[str, int],
     """The output rows of each part in a group, and the groups on this rank (all, where a rank holds less than one)."""
     config, m = linear.config, linear.weight.shape[0]
     if parts[0] != "q_proj":
-        return dict.fromkeys(parts, m // len(parts)), 1
+        return {part: m // len(parts) for part in parts}, 1
     d, groups = config.kv_channels, config.num_query_groups
     rows = {"q_proj": config.num_attention_heads // groups * d, "k_proj": d, "v_proj": d}
     return rows, groups // pg.tp.size() if groups % pg.tp.size() == 0 else groups

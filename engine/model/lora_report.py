@@ -13,7 +13,7 @@ from engine.config import Config
 from engine.config.stages import LORA_GROUPS, LORA_TARGETS
 from engine.errors import UserError
 from engine.model import lora
-from engine.model.whole import VOCABULARY, global_names, split_of
+from engine.model.whole import VOCABULARY, global_names, quantised_names, split_of
 from engine.parallel.topology import Groups
 from engine.parallel.wrap import unwrap
 
@@ -58,7 +58,7 @@ def check(chunks: list[Any], cfg: Config, groups: Groups) -> Report:
     own = {}
     for chunk in chunks:
         pg = unwrap(chunk).pg_collection
-        for name, p in global_names(chunk).items():
+        for name, p in (global_names(chunk) | quantised_names(chunk)).items():
             if name == "output_layer.weight" and cfg.model.tie_embeddings:
                 continue  # the last stage's copy
             shape = split_of(name, p, pg).whole_shape(p.shape)

@@ -125,15 +125,15 @@ class Chain:
         return found
 
     def _run(self, step: Step, work: Work, records: dict[str, Any]) -> results.Result:
-        record = records.get(work.name)
-        same = record is not None and record["fingerprint"] == work.fingerprint
-        again = same and (work.always or (work.goes_on and record["status"] != "done"))
-        if not again:
-            set_aside(self.cfg.output_dir, work.folder)
+        before = records.get(work.name)
+        same = before is not None and before["fingerprint"] == work.fingerprint
+        checked = before if before is not None and same and work.always and before["status"] == "done" else None
+        goes_on = before if before is not None and same and work.goes_on and before["status"] != "done" else None
         log = self.cfg.output_dir / "logs" / f"{work.name}.log"
-        earlier = record if again and record is not None else {}
-        if not earlier:
+        if checked is None and goes_on is None:
+            set_aside(self.cfg.output_dir, work.folder)
             log.unlink(missing_ok=True)
+        earlier = goes_on or {}
         record = records[work.name] = {
             "status": "running", "fingerprint": work.fingerprint, "command": words_for_people(work),
             "config": None if step.config is None else str(step.config), "config_sha256": work.config_sha256,
@@ -144,6 +144,8 @@ class Chain:
         found = results.find(work.folder, verify=True, trains=work.trains)
         record |= {"status": "done", "finished": now(), "result": found.as_dict(),
                    "data": results.data_hashes(work.folder) if work.trains else {}}
+        if checked is not None and checked["result"] == record["result"]:  # the times of the run that made it
+            record |= {name: checked[name] for name in ("started", "finished", "seconds", "attempts")}
         self.promotions.write()
         return found
 
@@ -153,7 +155,7 @@ class Chain:
             record["attempts"] += 1
             self.promotions.write()
             say(f"{work.name}: {record['command']}")
-            work.folder.parent.mkdir(parents=True, exist_ok=True)
+            (work.folder if work.needs_folder else work.folder.parent).mkdir(parents=True, exist_ok=True)
             ended = processes.run(
                 work.words, log, environment=work.environment, stdout=work.stdout, grace=self.cfg.grace_seconds,
                 timeout=None if step.timeout_minutes is None else 60 * step.timeout_minutes, follow=self.cfg.follow)

@@ -49,6 +49,11 @@ class Work:
         return self.command in TRAINS
 
     @property
+    def needs_folder(self) -> bool:
+        """Whether its folder has to be there before it starts: others make theirs, all at once."""
+        return self.command is None or self.command in _OUTPUT_FILE
+
+    @property
     def goes_on(self) -> bool:
         """Whether a run that was interrupted is continued in its folder."""
         return self.trains or self.command in _REUSES
@@ -80,7 +85,8 @@ def resolve(cfg: PipelineConfig, step: Step, name: str, known: Collection[str], 
     script = [fill(str(word)) for word in step.script]
     environment = {variable: fill(str(value)) for variable, value in step.environment.items()}
     config = {} if step.config is None else load_yaml(step.config)
-    if step.command in TRAINS[1:] and trained_before and not (overrides.get("init_from") or config.get("init_from")):
+    init = overrides.get("init_from", config.get("init_from"))
+    if step.command in TRAINS[1:] and trained_before and init in (None, "auto"):
         used.add(trained_before[-1])
     inputs = {earlier: sha256 for earlier, sha256 in done.items() if earlier in used}
     files = results.outside(Path(script[0])) if script else None

@@ -45,8 +45,9 @@ def run(words: list[str], log: Path, *, environment: Mapping[str, str], stdout: 
         if stdout is not None:
             stdout.parent.mkdir(parents=True, exist_ok=True)
             out = stack.enter_context(stdout.open("wb"))
+        variables = os.environ | {"PYTHONUNBUFFERED": "1", **_import_path(), **environment}
         child = subprocess.Popen(words, stdout=out, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
-                                 env=os.environ | {"PYTHONUNBUFFERED": "1", **_import_path(), **environment}, preexec_fn=_end_with_us)
+                                 env=variables, preexec_fn=_end_with_us)
         reader = stack.enter_context(log.open("rb"))
         reader.seek(begin)
         late = False

@@ -22,7 +22,9 @@ import pytest
 import engine.pretrain
 from engine import cli
 from engine.config import Config, dump_yaml, fields, load_yaml
+from engine.config.answer import AnswerConfig
 from engine.config.inference import EvaluateConfig, GenerateConfig, ReportConfig
+from engine.config.pipeline import PipelineConfig
 from engine.config.code_tasks import CodeTasksConfig
 from engine.config.prepare import PrepareConfig
 from engine.config.verify import VerifyConfig
@@ -240,12 +242,14 @@ def test_a_bug_keeps_its_traceback():
 
 STAGES = {stage: Config for stage in ("midtrain", "sft", "dpo", "lora") if stage in cli.COMMANDS}
 MODELS = STAGES | {"prepare": PrepareConfig, "code-tasks": CodeTasksConfig, "pretrain": Config, "evaluate": EvaluateConfig, "generate": GenerateConfig,
-          "report": ReportConfig, "verify-layout": VerifyConfig}
+          "report": ReportConfig, "verify-layout": VerifyConfig, "answer": AnswerConfig, "pipeline": PipelineConfig}
 REQUIRED = {stage: ["--init_from", "r"] for stage in STAGES} | {
             "prepare": ["--input", "a", "--input", "b", "--output", "o"],
             "code-tasks": ["--input", "a", "--output", "o"], "pretrain": ["--seed=7", "data.path=d"],
             "evaluate": ["--checkpoint", "c"], "generate": ["--checkpoint", "c"], "report": ["--run", "r"],
-            "verify-layout": ["--shrink", "--max_steps", "9"]}
+            "verify-layout": ["--shrink", "--max_steps", "9"],
+            "answer": ["--model", "m", "--prompt", "a", "--output", "o"],
+            "pipeline": ["--config", "configs/pipeline.yaml"]}
 
 
 def mains() -> list:
@@ -266,7 +270,7 @@ def test_help_lists_every_field_with_default_and_unit(main, words, name, capsys)
         assert leaf.info.description in entry
         assert "default: " in entry or "required" in entry
         assert not leaf.unit or f"unit: {leaf.unit if leaf.unit != '1' else 'none'}" in entry
-    assert name == "report" or sum(bool(leaf.unit) for leaf in leaves) >= 3
+    assert name in ("report", "pipeline") or sum(bool(leaf.unit) for leaf in leaves) >= 3
 
 
 @pytest.mark.parametrize(("main", "words", "name"), mains())

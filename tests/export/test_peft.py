@@ -12,7 +12,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint.manager import agree  # noqa: F401  (imported before PEFT patches anything)
+from engine import origin
+from engine.checkpoint import restore
 from engine.errors import UserError
 from engine.export import peft as adapters
 from engine.model import build, lora, lora_merge, lora_report, whole
@@ -75,7 +76,7 @@ def test_peft_loads_it_and_computes_the_same(config, case, tmp_path: Path):
             assert (logits(model) - plain).abs().max() < 1e-5
     found = logits(model)
     assert (found - plain).abs().max() > 0.01, "the adapters do nothing"
-    adapters.save([model], cfg, groups, tmp_path / "adapter", base="someone/base", record={"base_sha256": "abc"})
+    adapters.save([model], cfg, groups, tmp_path / "adapter", base="someone/base", record={"sha256": "abc"})
     loaded = PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"), is_trainable=True)
     stated = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert stated["peft_version"] == adapters.LAYOUT_VERSION
@@ -86,7 +87,7 @@ def test_peft_loads_it_and_computes_the_same(config, case, tmp_path: Path):
     torch.nn.functional.cross_entropy(found.flatten(0, 1), TOKENS_BS.roll(-1, 1).flatten()).backward()
     torch.nn.functional.cross_entropy(expected.flatten(0, 1), TOKENS_BS.roll(-1, 1).flatten()).backward()
     ours = {name: p.grad for name, p in whole.global_names(model).items() if p.requires_grad}
-    trained = {name.replace(".default", ""): p.grad for name, p in loaded.named_parameters() if p.requires_grad}
+    trained: dict = {name.replace(".default", ""): p.grad for name, p in loaded.named_parameters() if p.requires_grad}
     entries = list(adapters.entries(cfg, cfg.lora.targets()))
     assert trained.keys() == {f"{entry.key}.lora_{which}.weight" for entry in entries for which in "AB"}
     for entry in entries:
@@ -111,9 +112,9 @@ def test_reading_gives_back_what_was_written(config, case, tmp_path: Path):
     cfg, groups, model, _ = build_pair(config, case)
     adapters.save([model], cfg, groups, tmp_path / "adapter")
     assert adapters.section(tmp_path / "adapter") == cfg.lora.model_dump(
-        include={"rank", "alpha", "rslora", "dropout"}) | {"target_modules": list(
+        include={"rank", "alpha", "rslora", "dropout"}) | {"target_modules": [
             name for name in cfg.lora.targets() if cfg.model.moe is None or name not in (
-                "gate_proj", "up_proj", "down_proj"))}
+                "gate_proj", "up_proj", "down_proj")]}
     expected = {name: p.detach().clone() for name, p in whole.global_names(model).items() if lora.is_adapter(name)}
     with torch.no_grad():
         for name, p in whole.global_names(model).items():
@@ -155,7 +156,7 @@ def test_experts_of_peft_before_0_19_1_are_read(config, case, tmp_path: Path):
 def test_what_does_not_fit_is_refused(config, tmp_path: Path):
     cfg, groups, model, _ = build_pair(config, "llama")
     good = tmp_path / "good"
-    adapters.save([model], cfg, groups, good, record={"base_sha256": "abc"})
+    adapters.save([model], cfg, groups, good, record={"sha256": "abc"})
     with pytest.raises(UserError, match="exists and is not replaced"):
         adapters.save([model], cfg, groups, good)
     with pytest.raises(UserError, match="an adapter for another base"):
@@ -175,9 +176,9 @@ def test_what_does_not_fit_is_refused(config, tmp_path: Path):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         adapters.load(bad, [model], cfg, groups)
 
-    with pytest.raises(UserError, match="does not hold.*lora_A"):
+    with pytest.raises(UserError, match=r"does not hold.*lora_A"):
         attempt(tensors={name: value for name, value in tensors.items() if name != key})
-    with pytest.raises(UserError, match="holds base_model.model.lm_head.*no place"):
+    with pytest.raises(UserError, match=r"holds base_model\.model\.lm_head.*no place"):
         attempt(tensors=tensors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 2)})
     with pytest.raises(UserError, match=r"has A \[4, 7\].*"):
         attempt(tensors=tensors | {key: torch.zeros(4, 7)})
@@ -200,3 +201,66 @@ def test_counts_are_pefts(config, tmp_path: Path):
     trained, everything = wrapped.get_nb_trainable_parameters()
     assert found.trained == trained
     assert found.base == everything - trained
+
+
+def _restored(run: Path):
+    with restore.model(run, load_base=origin.load_base) as restored:
+        return restored
+
+
+@pytest.mark.parametrize("shape", ["dense", "experts"])
+def test_a_runs_adapters_are_exported_merged_and_loaded(corpus, tmp_path: Path, capfd, shape):
+    """The whole way from a run of the stage lora: PEFT's directory, a merged model, and both beside each other."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from engine import export_model, import_model, pretrain
+    from engine import lora as stage
+    from engine.config import Config
+
+    moe = {"model__moe": {"num_experts": 4, "top_k": 2}} if shape == "experts" else {}
+    pretrain.run(tiny.config(corpus, tmp_path / "base", train__max_steps=1, model__seq_length=96, **moe))
+    rows = [{"instruction": f"the spring {i}", "response": f"stores {i * 7}"} for i in range(20)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    values = {"stage": "lora", "output_dir": tmp_path / "run", "device": "cpu",
+              "init_from": str(tmp_path / "base"), "lora": {"rank": 4, "alpha": 64.0},
+              "examples": {"train": [{"path": str(tmp_path / "rows.json")}], "template": "chatml", "audit_samples": 0},
+              "train": {"max_steps": 3, "global_batch_size": 4, "lr": 3e-2, "precision": "fp32"},
+              "logging": {"tensorboard": False, "progress": "off"}}
+    stage.run(Config(**values))
+    for name, options in (("adapter", ["--format", "adapter"]), ("merged", ["--merge", "true"])):
+        export_model.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / name), *options])
+    printed = capfd.readouterr().err
+    assert "PEFT computes the same logits" in printed
+    total = 2 * 7 if shape == "dense" else 2 * (4 + 4 * 2)
+    assert f"merged: {total} of {total} matrices changed" in printed
+    export_model.main(["--checkpoint", str(tmp_path / "base"), "--output", str(tmp_path / "plain")])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        before = plain(TOKENS_BS).logits
+        adapted = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))(TOKENS_BS).logits
+        assert (adapted - before).abs().max() > 1e-2
+        assert (adapted - merged(TOKENS_BS).logits).abs().max() < 1e-5
+
+    # Back again: the run's own adapters, beside its own base, and merged once more.
+    import_model.main(["--from", str(tmp_path / "adapter"), "--base", str(tmp_path / "base"), "--output",
+                       str(tmp_path / "back")])
+    ours, expected = ({name: p.detach().clone() for name, p in whole.global_names(restored.chunks[0]).items()}
+                      for restored in map(_restored, (tmp_path / "back", tmp_path / "run")))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in ours.items())
+    with pytest.raises(UserError, match="--base"):
+        import_model.main(["--from", str(tmp_path / "adapter"), "--output", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="for another base"):
+        import_model.main(["--from", str(tmp_path / "adapter"), "--base", str(tmp_path / "plain"), "--output",
+                           str(tmp_path / "none")])
+
+    # The exported base and the adapter as PEFT's directory are the same model again, and a Hugging Face base resumes.
+    values |= {"output_dir": tmp_path / "beside", "init_from": str(tmp_path / "plain")}
+    stage.run(Config(**values).with_values({"train.max_steps": 1}))
+    stage.run(Config(**values).with_values({"train.max_steps": 2}))
+    export_model.main(["--checkpoint", str(tmp_path / "beside"), "--output", str(tmp_path / "second"), "--format",
+                       "adapter"])
+    stated = json.loads((tmp_path / "second/adapter_config.json").read_text())
+    assert stated["base_model_name_or_path"] == str(tmp_path / "plain")

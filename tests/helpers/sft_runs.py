@@ -17,7 +17,7 @@ MODEL = {"model__seq_length": SEQ, "train__global_batch_size": 8, "train__eps": 
 
 
 def examples(count: int, seed: int = 0) -> list[Any]:
-    """A prompt, an answer, now and then a second turn; some answers of a single token, which a model soon gets right."""
+    """A prompt, an answer, now and then a second turn; some answers short ones that a model soon gets right."""
     from engine.data.examples.store import Example
 
     rng, found = np.random.default_rng(seed), []

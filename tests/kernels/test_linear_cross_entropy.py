@@ -150,6 +150,34 @@ def test_left_out_tokens_leave_exact_zeros(impl, place):
     assert not torch.autograd.grad(nothing, h)[0].any()
 
 
+@pytest.mark.parametrize("kept", [1.0, 0.3])
+def test_hits_of_each_token(impl, place, kept):
+    hidden, weight, labels, weights = some(40, device=place)
+    guesses = (hidden @ weight[:64].t()).argmax(-1)
+    labels = torch.where(torch.rand(40, device=place) < 0.5, guesses, labels)
+    weights = torch.where(torch.rand(40, device=place) < kept, 1.0, 0.0)
+    options = {"weights_n": weights, "vocab_valid": 64, "impl": impl, "chunk_tokens": 8}
+    loss, hits = linear_cross_entropy(hidden, weight, labels, per_token=True, **options)
+    assert torch.equal(hits > 0, (guesses == labels) & (weights > 0))
+    summed, count = linear_cross_entropy(hidden, weight, labels, **options)
+    assert (loss, hits.sum()) == (summed, count)
+    assert 0 < count < 40
+
+
+@pytest.mark.parametrize("op", ["loss", "logps"])
+def test_tokens_that_do_not_count_are_not_projected_on_a_cpu(monkeypatch, op):
+    hidden, weight, _, _ = some(40)
+    labels, weights = torch.arange(40), torch.zeros(40)
+    weights[10:15] = 1.0
+    projected = []
+    monkeypatch.setattr(module, "matmul_nt", lambda x, w: projected.append(len(x)) or matmul_nt(x, w))
+    if op == "loss":
+        linear_cross_entropy(hidden, weight, labels, weights_n=weights)
+    else:
+        linear_log_probs(hidden, weight, labels.masked_fill(weights == 0, -1))
+    assert projected == [5]
+
+
 @pytest.mark.parametrize("op", ["loss", "logps"])
 def test_only_the_gradients_that_are_wanted_are_made(monkeypatch, op):
     hidden, weight, labels, weights = some(20)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.losses.log_probs import token_log_probs
 from engine.losses.preference import branch_sums, preference_loss
 
 CASES = [("dpo", 0.0), ("dpo", 0.2), ("robust", 0.1), ("robust", 0.3), ("ipo", 0.0)]
@@ -118,3 +119,33 @@ def test_small_differences_of_long_answers_survive():
     branch = torch.arange(60000)[None] // 30000
     sums, _ = branch_sums(log_probs, branch, 1)
     assert (sums[0, 1] - sums[0, 0]).item() == pytest.approx(1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 9, 20, 33, 40])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_labels_that_are_left_out_cost_nothing_and_get_nothing(kept, entropy):
+    """Below three quarters the others' rows are put together; the result is that of all rows."""
+    generator = torch.Generator().manual_seed(kept)
+    hidden = torch.randn(40, 24, generator=generator).requires_grad_()
+    weight = (0.3 * torch.randn(64, 24, generator=generator)).requires_grad_()
+    labels = torch.randint(0, 50, (40,), generator=generator)
+    left_out = torch.randperm(40, generator=generator)[kept:]
+    labels[left_out] = -1
+    logps, entropies = token_log_probs(hidden, weight, labels, vocab_size=50, entropy=entropy, chunk_tokens=8)
+    slopes = torch.randn(40, generator=generator)
+    (logps * slopes).sum().backward()
+    exact_h, exact_w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    table = (exact_h @ exact_w[:50].t()).log_softmax(-1)
+    expected = torch.where(labels >= 0, table.gather(1, labels.clamp(min=0)[:, None])[:, 0], 0.0)
+    (expected * slopes).sum().backward()
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.all(logps[left_out] == 0)
+    for found, exact in ((hidden, exact_h), (weight, exact_w)):
+        assert found.grad is not None
+        assert exact.grad is not None
+        torch.testing.assert_close(found.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+    assert torch.all(hidden.grad[left_out] == 0)  # type: ignore[index]
+    if entropy:
+        assert entropies is not None
+        wide = -(table.exp() * table).sum(-1).detach()
+        torch.testing.assert_close(entropies[labels >= 0].double(), wide[labels >= 0], rtol=1e-4, atol=1e-5)

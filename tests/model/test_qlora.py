@@ -66,17 +66,16 @@ def test_a_checkpoint_is_quantised_weight_by_weight(config, trained, shape, lora
     chunks = qlora_runs.loaded(qlora(config(**COMMON | SHAPES[shape]), **lora), checkpoint)
     assert_quantised(qlora_runs.dequantised(chunks), weights, bool(lora))
     for name, p in chunks[0].named_parameters():  # the rest is as it was
-        assert ".adapter." in name or torch.equal(p, weights[name]), name
+        assert ".adapter." in name or torch.equal(p[:len(weights[name])], weights[name]), name
         assert not quantised(name, p) or ".adapter." in name
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_training_is_that_of_the_dequantised_weights(config, shape, kernels):
-    """Losses, gradients of the adapters and their weights, bit for bit but for the order in which experts are added."""
-    cfg = config(**COMMON | SHAPES[shape], model__kernels=kernels)
+def test_training_is_that_of_the_dequantised_weights(config, shape):
+    """Losses and gradients of the adapters, but for what sums of another order cost."""
+    cfg = config(**COMMON | SHAPES[shape])
     found = lora_runs.three_steps(qlora(cfg))
-    run = tiny.start(qlora(cfg, base="none"))
+    run = tiny.start(qlora(cfg, base="none"), masked=True)
     expected = _three_steps_dequantised(run)
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
     assert found["gradients"].keys() == expected["gradients"].keys()
@@ -252,7 +251,8 @@ def test_training_in_bf16(config):
      "lora.double_quant: quantises the scales of nf4, but lora.base is none. Set lora.base to nf4"),
 ])
 def test_refusals(changes, message):
-    values = {"stage": "lora", "lora__base": "nf4", "examples__train": [{"path": "rows.jsonl"}]} | COMMON | changes
+    values = {"stage": "lora", "lora__base": "nf4", "examples__train": [{"path": "rows.jsonl"}],
+              "model__num_layers": 2} | COMMON | changes
     values = {name.replace("__", "."): value for name, value in values.items()}
     with pytest.raises(UserError, match=re.escape(message)):
         Config().with_values(values)
@@ -267,3 +267,118 @@ def test_blocks_on_two_ranks_are_refused_without_the_configuration(config):
 def test_the_configuration_knows_the_block():
     assert BLOCK == nf4.BLOCK
     assert LoraConfig(base="nf4").double_quant is False
+
+
+def in_4_bits(model: Any) -> Any:
+    """A Transformers model with its decoder's linear layers as bitsandbytes holds them on a CPU."""
+    import bitsandbytes
+
+    for name, module in list(model.model.layers.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            quantised_one = bitsandbytes.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4",
+                compress_statistics=False)
+            quantised_one.weight = bitsandbytes.nn.Params4bit(
+                module.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=False,
+                module=quantised_one)
+            quantised_one.to("cpu")  # quantises
+            assert quantised_one.weight.dtype == torch.uint8
+            parent = model.model.layers.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], quantised_one)
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def test_peft_on_bitsandbytes_computes_the_same(config, tmp_path: Path):
+    """QLoRA as others run it: logits and the adapters' gradients, on the same weights."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    import hugging_face
+    from peft import PeftModel
+
+    from engine.export import peft as adapters
+    from engine.model import lora, whole
+
+    cfg = qlora(config(**COMMON), base="none")
+    (plain,), groups = qlora_runs.chunks_of(cfg)
+    weights = {name: value for name, value in whole.assemble([whole.parts([plain])], tiny.VOCAB).items()
+               if not lora.is_adapter(name)}
+    lora_runs.randomise([plain])
+    adapters.save([plain], cfg, groups, tmp_path / "adapter")
+    theirs = hugging_face.model("Llama", weights, cfg.model, vocab_size=tiny.VOCAB)
+    theirs = PeftModel.from_pretrained(in_4_bits(theirs), str(tmp_path / "adapter"), is_trainable=True).train()
+    assert "4bit" in type(theirs.base_model.model.model.layers[0].mlp.up_proj).__name__
+
+    (ours,), _ = qlora_runs.chunks_of(qlora(config(**COMMON)))
+    lora_runs.randomise([ours])
+    tokens_bs = torch.randint(0, tiny.VOCAB, (3, tiny.SEQ), generator=torch.Generator().manual_seed(0))
+    places_bs = torch.arange(tiny.SEQ).expand_as(tokens_bs)
+    found, expected = ours(tokens_bs, places_bs, None)[..., : tiny.VOCAB], theirs(tokens_bs).logits
+    assert (found - plain(tokens_bs, places_bs, None)[..., : tiny.VOCAB]).abs().max() > 0.01, "it is not quantised"
+    assert (found - expected).abs().max() < 1e-5
+    for logits_bsv in (found, expected):
+        torch.nn.functional.cross_entropy(logits_bsv.flatten(0, 1), tokens_bs.roll(-1, 1).flatten()).backward()
+    gradients = {name: p.grad for name, p in whole.global_names(ours).items() if p.requires_grad}
+    trained = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    compared = 0
+    for entry in adapters.entries(cfg, cfg.lora.targets()):
+        for name, value in adapters._to_peft(entry, gradients).items():
+            assert (value - trained[name]).norm() <= 1e-5 * trained[name].norm(), name
+            compared += 1
+    assert compared == len(trained) == 2 * 7 * cfg.model.num_layers
+
+
+def test_merging_dequantises(config):
+    """The merged model is an ordinary one: its logits are those with adapters, its weights the codes' and the sum."""
+    from engine.model import lora_merge, quantized, whole
+
+    (model,), groups = qlora_runs.chunks_of(qlora(config(**COMMON | SHAPES["gpt_oss"]), **DOUBLE))
+    lora_runs.randomise([model])
+    before = qlora_runs.dequantised([model])
+    tokens_bs = torch.randint(0, tiny.VOCAB, (2, tiny.SEQ))
+    places_bs = torch.arange(tiny.SEQ).expand_as(tokens_bs)
+    with torch.no_grad():
+        found = model.eval()(tokens_bs, places_bs, None)
+        merged = lora_merge.merge([model], groups)
+        assert merged.changed == merged.total > 0
+        assert (model(tokens_bs, places_bs, None) - found).abs().max() < 1e-5
+    assert not quantized.weights(model)
+    after = whole.assemble([whole.parts([model])], tiny.VOCAB)
+    assert before.keys() <= after.keys()
+    assert all(not torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_hugging_face_directory_is_quantised_weight_by_weight(config, trained, tmp_path: Path):
+    """Read into codes: what an ordinary model of it is, quantised."""
+    from engine.export import hugging_face as directories
+    from engine.model import lora
+
+    cfg = config(**COMMON)
+    (plain,), groups = qlora_runs.chunks_of(cfg)
+    tokenizer = cfg.data.path / "tokenizer"
+    directories.save([plain], cfg, groups, tokenizer, tmp_path / "model", dtype="fp32")
+    weights = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    cfg = qlora(cfg).model_copy(update={"init_from": str(tmp_path / "model")})
+    chunks, groups = qlora_runs.chunks_of(cfg)
+    with lora.detached(chunks):
+        directories.load(tmp_path / "model", chunks, cfg, groups)
+    assert_quantised(qlora_runs.dequantised(chunks), weights, False)
+
+
+def test_full_weights_never_lie_in_memory_together(config, corpus, tmp_path: Path):
+    """Of 24 layers' weights (4 MB each) the codes and, for a moment, a few copies of one."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's count of a process's peak memory")
+    cfg = config(**COMMON | {"model__num_layers": 24, "model__hidden_size": 256, "model__ffn_hidden_size": 1024})
+    run = tiny.start(cfg)
+    full = sum(4 * p.numel() for name, p in run.chunks[0].named_parameters() if p.dim() == 2 and "layers" in name)
+    checkpoint = str(run.save())
+    del run
+    cases = {"warm": {}, "nf4": {}}
+    (tmp_path / "cases.json").write_text(json.dumps({
+        name: {"config": tiny.to_json(cfg), "lora": lora, "checkpoint": checkpoint} for name, lora in cases.items()}))
+    ranks = tiny.launch(Path(__file__).with_name("qlora_memory.py"), 1, tmp_path, timeout=120)
+    assert [code for code, _ in ranks] == [0], ranks
+    peak = json.loads((tmp_path / "nf4.json").read_text())["peak"]
+    print(f"peak {peak / 1e6:.1f} MB of {full / 1e6:.1f} MB of weights")
+    assert full * 4.5 / 32 < peak < 0.4 * full

@@ -60,7 +60,7 @@ def rows_of(run: Path) -> list[dict]:
 
 def test_adapters_learn_beside_a_base_that_stays(parent, capsys):
     driver.run(config(parent, "learns"))
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "q_proj" in printed
     assert "trained beside" in printed
     losses = [row["train/loss"] for row in rows_of(parent / "learns") if "train/loss" in row]

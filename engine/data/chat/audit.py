@@ -55,7 +55,7 @@ def check(
         UserError: rows without supervised tokens, an all-ones mask, an end token that is not supervised, a double BOS,
             truncated responses: how many, and the place of the first.
     """
-    ends = np.array(sorted(end_ids))
+    ends = _Ends(tokenizer, end_ids)
     return _check(examples, lambda row: _of_example(row, ends, bos_id), samples,
                   lambda row: paint(row, tokenizer, end_ids, colour=colour), _size)  # fmt: skip
 
@@ -65,9 +65,31 @@ def check_pairs(
     bos_id: int | None = None, samples: int = 3, colour: bool = True,
 ) -> Audit:  # fmt: skip
     """As `check`, for preferences: empty or equal answers, answers without their end token, a double BOS."""
-    ends = np.array(sorted(end_ids))
+    ends = _Ends(tokenizer, end_ids)
     return _check(pairs, lambda row: _of_pair(row, ends, bos_id), samples,
                   lambda row: paint_pair(row, tokenizer, end_ids, colour=colour), _pair_size)  # fmt: skip
+
+
+class _Ends:
+    """Whether answers are over. Behind their end token may stand blanks and further special tokens: many templates mark
+    the line break after it as generated, too."""
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: Collection[int]):
+        self._ids = np.array(sorted(end_ids))
+        self._tokenizer = tokenizer
+        self._known: dict[int, bool] = {}
+
+    def over(self, tokens: np.ndarray) -> bool:
+        """Whether these tokens end with an end token."""
+        found = np.flatnonzero(np.isin(tokens[-8:], self._ids))
+        return len(found) > 0 and all(self._nothing(int(token)) for token in tokens[-8:][found[-1] + 1 :])
+
+    def _nothing(self, token: int) -> bool:
+        if token not in self._known:
+            text = self._tokenizer.decode([token])
+            # A text never becomes a control token.
+            self._known[token] = not text.strip() or self._tokenizer.encode(text) != [token]
+        return self._known[token]
 
 
 def _check(rows: Iterable, problems: Callable[[Row], Iterator[str]], samples: int, render: Callable[[Row], str],
@@ -98,7 +120,7 @@ def _check(rows: Iterable, problems: Callable[[Row], Iterator[str]], samples: in
     return audit
 
 
-def _of_example(row: Example, ends: np.ndarray, bos_id: int | None) -> Iterator[str]:
+def _of_example(row: Example, ends: _Ends, bos_id: int | None) -> Iterator[str]:
     tokens, mask = row.tokens, row.mask
     if _double_bos(tokens, bos_id):
         yield "double_bos"
@@ -110,23 +132,24 @@ def _of_example(row: Example, ends: np.ndarray, bos_id: int | None) -> Iterator[
         return
     if labels.all():
         yield "all_supervised"
-    last = np.flatnonzero(mask & ~np.append(labels, False))  # of every run of supervised tokens
-    open_ends = last[~np.isin(tokens[last], ends)]
-    if len(open_ends) and open_ends[-1] == len(tokens) - 1:
+    behind = np.flatnonzero(mask & ~np.append(labels, False)) + 1  # of every run of supervised tokens
+    starts = np.flatnonzero(mask & ~np.insert(mask[:-1], 0, False))
+    open_ends = [end for start, end in zip(starts, behind, strict=True) if not ends.over(tokens[start:end])]
+    if open_ends and open_ends[-1] == len(tokens):
         yield "truncated_response"
         open_ends = open_ends[:-1]
-    if len(open_ends):
+    if open_ends:
         yield "end_not_supervised"
 
 
-def _of_pair(row: Pair, ends: np.ndarray, bos_id: int | None) -> Iterator[str]:
+def _of_pair(row: Pair, ends: _Ends, bos_id: int | None) -> Iterator[str]:
     if _double_bos(row.prompt, bos_id):
         yield "double_bos"
     if not len(row.chosen) or not len(row.rejected):
         yield "empty_completion"
     elif np.array_equal(row.chosen, row.rejected):
         yield "chosen_is_rejected"
-    elif not np.isin([row.chosen[-1], row.rejected[-1]], ends).all():
+    elif not ends.over(row.chosen) or not ends.over(row.rejected):
         yield "truncated_response"
 
 

@@ -101,17 +101,12 @@ HARMONY = """\
             and spec.type is not mapping and spec.type[0] is defined -%}
         {{- spec.type | join(" | ") }}
     {%- elif spec.oneOf -%}
-        {%- set objects = spec.oneOf | selectattr("type", "equalto", "object") | list -%}
-        {%- if objects and spec.oneOf | length > 1 -%}
-            {{- "any" }}
-        {%- else -%}
-            {%- for variant in spec.oneOf -%}
-                {{- type_of(variant, required) -}}
-                {{- "// " + variant.description if variant.description else "" }}
-                {{- "// default: " + variant.default | tojson if variant.default is defined else "" }}
-                {{- "" if loop.last else " | " }}
-            {%- endfor -%}
-        {%- endif -%}
+        {%- for variant in spec.oneOf -%}
+            {{- type_of(variant, required) -}}
+            {{- "// " + variant.description if variant.description else "" }}
+            {{- "// default: " + variant.default | tojson if variant.default is defined else "" }}
+            {{- "" if loop.last else " | " }}
+        {%- endfor -%}
     {%- elif spec.type == "string" -%}
         {%- if spec.enum -%}
             {{- '"' + spec.enum | join('" | "') + '"' -}}

@@ -119,6 +119,10 @@ class Encoder:
                 raise self._pair_too_long(pair, needed)
             prompt = shorter
 
+    def prompt(self, messages: list[Message], tools: list[dict] | None = None) -> np.ndarray:
+        """int32: what a model is given to answer ``messages``. BadRow if the template refuses them."""
+        return self._tokens(self.turns.prompt(self._with_system(messages), tools))[0]
+
     def _pair(self, prompt: list[Message], item: Preference) -> Pair:
         sides, starts = [], []
         for answer in (item.chosen, item.rejected):

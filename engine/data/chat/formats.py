@@ -32,7 +32,7 @@ from engine.data.chat.conversation import (
 
 Item = Conversation | Preference | Text
 
-_QUESTIONS = ("question", "prompt", "input", "query", "instruction")
+_QUESTIONS = ("question", "prompt", "query", "instruction", "input")
 _ANSWERS = ("answer", "completion", "response", "output")
 _HUMAN = re.compile(r"\n\n(Human|Assistant):[ \t]*")
 
@@ -100,6 +100,8 @@ def _qa(row: Mapping) -> Conversation:
     question = next((name for name in _QUESTIONS if row.get(name) is not None), "question")
     answer = next((name for name in _ANSWERS if row.get(name) is not None and name != question), "answer")
     user = row.get(question)
+    if question == "instruction":
+        return _instruction_row(row, "input", answer)
     if isinstance(user, Sequence) and not isinstance(user, str):  # TRL's conversational prompt and completion
         return conversation([*user, *_as_messages(row.get(answer), answer)], tools=row.get("tools"),
                             system=row.get("system"))  # fmt: skip

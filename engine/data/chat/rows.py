@@ -281,6 +281,7 @@ def _dataset(source: Source) -> Any:
     """The split of a Hugging Face dataset, from a folder that it was saved to or from the hub (no code of its runs)."""
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError:
         raise UserError("Hugging Face datasets need the datasets package", where=source.path,
                         fix="pip install datasets") from None  # fmt: skip
@@ -290,7 +291,7 @@ def _dataset(source: Source) -> Any:
             found = datasets.load_from_disk(source.path)
         else:
             found = datasets.load_dataset(source.path, source.name, split=split)
-    except (OSError, ValueError, RuntimeError, LookupError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, DatasetsError) as error:
         problem = " ".join(str(error).split())[:200]
         fix = "Check its name and the network, or download it and give the folder."
         raise UserError(f"cannot load the dataset ({problem})", where=source.path, fix=fix) from None

@@ -89,6 +89,11 @@ class Turns:
             raise BadRow("turns_not_found", "the chat template reads the messages in a way that hides their borders")
         return Rendered(plain, self._turns(messages, tools, answers, places))
 
+    def prompt(self, messages: list[Message], tools: list[dict] | None) -> str:
+        """The text that asks for the answer to ``messages``, special tokens as twins. BadRow if it is refused."""
+        messages, tools = self.spelling.shield_all(messages), self.spelling.shield_all(tools)
+        return templates.generated(self._twins(messages, tools, prompt=True))[0]
+
     def _twins(self, messages: list[Message], tools: list[dict] | None, *, prompt: bool = False) -> str:
         return self.spelling.twins(self.template.render(messages, tools, prompt=prompt))
 
@@ -129,8 +134,9 @@ class Turns:
             start = self._start(messages, tools, i, places, before)
             later = [places.first[j] for j in range(i + 1, len(messages)) if j in places.first]
             ends = [one.end() for one in self._end.finditer(places.text, start, min(later, default=len(places.text)))]
-            inside = places.last.get(i, start)
-            if not ends or not start <= inside <= ends[-1]:
+            if not ends:
+                raise BadRow("turns_not_found", f"no end token follows the answer in message {i + 1}")
+            if not start <= places.last.get(i, start) <= ends[-1]:
                 raise BadRow("turns_not_found", f"where the answer in message {i + 1} ends is not clear")
             before = ends[-1]
             turns[i] = [(start, before)]
@@ -146,8 +152,9 @@ class Turns:
             found = [one.start() for one in re.finditer(re.escape(header), places.text[begin:stop])]
             if found:
                 # Of several (a message that shows nothing of itself may lie between) the one most like the prompt.
-                at = begin + max(found, key=lambda at: _shared(self._prompt, places.text[begin + at :]))
-                return at + self._common(self._prompt, places.text[at : at + len(self._prompt)])
+                heads = [places.text[begin + at : begin + at + len(self._prompt)] for at in found]
+                best = max(range(len(found)), key=lambda n: _shared(self._prompt, heads[n]))
+                return begin + found[best] + self._common(self._prompt, heads[best])
         elif begin == previous and i:
             # A prompt without special tokens could be spelt in a message as well, so it is not searched for: what
             # follows the message before must be what the template writes when it asks for this very answer.
@@ -204,13 +211,15 @@ class Turns:
                 if message["role"] == "assistant" and i in places.last:
                     following = [places.first[j] for j in range(i + 1, len(probe)) if j in places.first]
                     stop = min(following, default=len(places.text))
-                    end = self.spelling.twin_class.search(places.text, places.last[i], stop)
+                    # A call is over behind its last bracket (Gemma 4 puts special tokens around each string as well).
+                    bracket = places.text.find("}", places.last[i], stop) if "tool_calls" in message else -1
+                    end = self.spelling.twin_class.search(places.text, max(bracket, places.last[i]), stop)
                     if end:
                         found = True
                         yield end[0]
         if not found:
             none = "it writes no special token after an answer, so a model could not learn to stop"
-            fix = "End the assistant's messages with {{ eos_token }}."
+            fix = "Take another (examples.template)." if problem else "End the answers with {{ eos_token }}."
             raise UserError(problem or none, where=f"chat template ({self.template.name})", fix=fix)
 
 
