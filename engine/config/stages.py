@@ -23,7 +23,7 @@ class Source(Section):
 
     path: str = option(..., "file, folder, or name of a Hugging Face dataset", min_length=1)
     format: Format = option("auto", "what a row holds (auto: by the names of its fields)")
-    weight: float = option(1.0, "share of the examples, relative to the other sources", "1", gt=0)
+    weight: float = option(1.0, "share of the rows, relative to the other sources", "1", gt=0)
     split: str | None = option(None, "split of a Hugging Face dataset (null: train)", min_length=1)
     name: str | None = option(None, "configuration of a Hugging Face dataset", min_length=1)
 

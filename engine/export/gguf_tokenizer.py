@@ -148,6 +148,9 @@ def _byte_level(content: dict, file: Path) -> Vocabulary:
             raise UserError(f"ignore_merges is {whole}, and llama.cpp's {names[0][0]} does it the other way",
                             where=str(file), fix=_OTHER)
         pre = names[0][0]
+    if split in (_O200K, _TEKKEN):
+        notes.append("llama.cpp splits words at combining marks, this tokenizer does not: text that is not composed "
+                     "(NFC) has other ids")  # fmt: skip
     tokens = _by_id(model["vocab"], file)
     merges = [f"{left} {right}" for left, right in pairs]
     return Vocabulary("gpt2", pre, tokens, [NORMAL] * len(tokens), merges=merges, notes=notes)

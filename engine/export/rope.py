@@ -19,7 +19,7 @@ def read(s: Settings) -> dict[str, Any]:
     """``rotary_base`` with ``yarn`` or ``llama3_rope``. Raises ``UserError`` for a kind or setting that is not ours."""
     new, old = s.get("rope_parameters", None), s.get("rope_scaling", None)
     key = "rope_parameters" if new else "rope_scaling"
-    given = new or old or {}
+    given = new or old or s.defaults.get("rope_scaling", {})  # as Transformers 5: null is the family's own
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise s.error(key, "is not one set of rotary settings for all layers")
     settings = dict(given)
@@ -86,8 +86,10 @@ def magnitude(factor: float, scale: float = 1.0) -> float:
 
 
 def written(m: ModelConfig) -> dict[str, Any]:
-    """``rope_theta`` and ``rope_scaling``, which Transformers 4 and 5 both read."""
-    found: dict[str, Any] = {"rope_theta": m.rotary_base, "rope_scaling": None}
+    """``rope_theta`` and ``rope_scaling``, which Transformers 4 and 5 both read. Nothing (null) would be GPT-OSS's YaRN.
+    """
+    plain = {"rope_type": "default"} if m.attention_sinks else None
+    found: dict[str, Any] = {"rope_theta": m.rotary_base, "rope_scaling": plain}
     if m.llama3_rope is not None:
         r = m.llama3_rope
         found["rope_scaling"] = {"rope_type": "llama3", "factor": r.factor, "low_freq_factor": r.low_freq_factor,

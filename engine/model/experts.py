@@ -66,7 +66,9 @@ class _GroupedLinear(torch.autograd.Function):
         biases = parameters[0 if ctx.quantised else ctx.experts:]
         needs_x, _, needs_scale, _, *needed = ctx.needs_input_grad
         dy_pm = dy_pm.contiguous()
-        dx_pk = grouped_nn(dy_pm, quantized.dense_experts(weights, ctx.impl), tokens_e, impl=ctx.impl) if needs_x else None
+        dx_pk = None
+        if needs_x:
+            dx_pk = grouped_nn(dy_pm, quantized.dense_experts(weights, ctx.impl), tokens_e, impl=ctx.impl)
         dweights = _weight_gradients(weights, needed[:ctx.experts], dy_pm, x_pk, tokens_e, ctx.impl)
         dbiases, dscale_p = [None] * len(biases), None
         if biases and (needs_scale or any(needed[ctx.experts:])):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import hf_models
 import pytest
@@ -40,7 +41,8 @@ def test_a_trained_run_becomes_a_model_of_transformers(config, corpus, tmp_path,
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert json.loads((out / "config.json").read_text())["model_type"] == "qwen3"
     prompt = "the spring stores"
-    theirs, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    theirs = AutoTokenizer.from_pretrained(out)
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
     written = model.generate(**theirs(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)[0].tolist()
     with restore.model(run.cfg.output_dir) as restored:
         ids = restored.tokenizer.encode(prompt)
@@ -75,7 +77,8 @@ def test_import_checks_against_transformers_and_takes_options(source, corpus, tm
     export_model.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--dtype", "fp16",
                        "--seq_length", "64", "--architecture", "mistral", "--max_shard_gb", "1e-5"])
     stated = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (stated["max_position_embeddings"], stated["model_type"], stated["torch_dtype"]) == (64, "mistral", "float16")
+    assert (stated["max_position_embeddings"], stated["model_type"]) == (64, "mistral")
+    assert stated["torch_dtype"] == "float16"
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
 
 
@@ -96,23 +99,23 @@ def test_weights_alone_are_no_run_to_resume(source, corpus, tmp_path):
         own = restored.tokenizer.sha256
         model = restored.cfg.model
     run = tiny.start(tiny.config(corpus, tmp_path / "run", model=model.model_dump(exclude_unset=True)))
-    with pytest.raises(UserError, match="holds weights alone, .* Start from it with --init_from .*iter_0000000"):
+    with pytest.raises(UserError, match=r"holds weights alone, .* Start from it with --init_from .*iter_0000000"):
         run.checkpointer(tokenizer_sha256=own, vocab_size=hf_models.VOCAB).load(path, run.chunks, run.optimizer)
 
 
 @pytest.mark.parametrize(("main", "words", "message"), [
     (import_model.main, ["--from", "{source}/nothing", "--output", "{new}"], "no such folder"),
-    (import_model.main, ["--from", "{source}", "--output", "{new}", "--tokenizer", "{source}/config.json"], "not a tok"),
+    (import_model.main, ["--from", "{source}", "--output", "{new}", "--tokenizer", "{source}/config.json"], "not a t"),
     (import_model.main, ["--from", "{source}", "--output", "{new}", "--parallel.tensor", "2"], "1 rank does not fit"),
     (export_model.main, ["--checkpoint", "{source}", "--output", "{new}"], "no checkpoint in this folder"),
     (export_model.main, ["--checkpoint", "{run}", "--output", "{source}"], "exists and is not replaced"),
-    (export_model.main, ["--checkpoint", "{run}", "--output", "{source}", "--format", "gguf"], "exists and is not repl"),
+    (export_model.main, ["--checkpoint", "{run}", "--output", "{source}", "--format", "gguf"], "exists and is not"),
     (export_model.main, ["--checkpoint", "{run}", "--output", "{new}", "--dtype", "q8_0"], "q8_0 is a type of GGUF"),
     (export_model.main, ["--checkpoint", "{run}", "--output", "{new}", "--merge"], "there are no adapters to merge"),
     (export_model.main, ["--checkpoint", "{run}", "--output", "{new}", "--format", "adapter"], "there are no adapters"),
     (export_model.main, ["--checkpoint", "{run}", "--output", "{new}", "--architecture", "gpt_oss"],
      r"Transformers' gpt_oss has no linear_bias False, attention_sinks False, activation swiglu, moe False"),
-    (export_model.main, ["--checkpoint", "{run}", "--output", "{new}", "--tolerance", "1e-12"], r"differ .*at most 1e-1"),
+    (export_model.main, ["--checkpoint", "{run}", "--output", "{new}", "--tolerance", "1e-12"], "at most 1e-12"),
 ])
 def test_refusals_leave_nothing(source, tmp_path, main, words, message):
     places = {"source": source, "run": tmp_path / "run", "new": tmp_path / "out" / "new"}

@@ -123,7 +123,8 @@ def test_matrices_have_the_type_asked_for_and_all_else_is_fp32(directories, name
             wanted = (codes * scale.half().float()).flatten(-2)
         else:
             wanted = exact.to(torch.float16 if kind == "F16" else torch.bfloat16).float()
-        np.testing.assert_allclose(found[key][1], wanted.numpy(), rtol=1e-6 if kind == "Q8_0" else 0, atol=0, err_msg=key)
+        rounding = 1e-6 if kind == "Q8_0" else 0
+        np.testing.assert_allclose(found[key][1], wanted.numpy(), rtol=rounding, atol=0, err_msg=key)
     assert settings(tmp_path / "m.gguf")["general.file_type"] == {"F16": 1, "BF16": 32, "Q8_0": 7}[kind]
 
 
@@ -251,11 +252,11 @@ REFUSED = {
         (d / "model.safetensors").read_bytes()[:-1000]), "model.safetensors: is damaged or not whole"),
     "architecture": ("llama", lambda d: with_config(d, model_type="gemma3_text"), "'gemma3_text' is not known here"),
     "setting": ("llama", lambda d: with_config(d, final_logit_softcapping=30.0), "final_logit_softcapping"),
-    "router": ("qwen3_moe", lambda d: with_config(d, norm_topk_prob=False), "norm_topk_prob: experts' weights that are"),
+    "router": ("qwen3_moe", lambda d: with_config(d, norm_topk_prob=False), "norm_topk_prob: experts' weights that"),
     "dense layers": ("qwen3_moe", lambda d: with_config(d, mlp_only_layers=[0]), "mlp_only_layers: 1 layers without"),
     "rope": ("qwen2", lambda d: with_config(d, rope_parameters={
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,
-        "original_max_position_embeddings": 64}), "rope_scaling: Llama 3's rotary scaling, which llama.cpp reads in the"),
+        "original_max_position_embeddings": 64}), "rope_scaling: Llama 3's rotary scaling, which llama.cpp"),
     "no tokenizer": ("llama", lambda d: (d / "tokenizer.json").unlink(), "holds no tokenizer.json"),
     "no config": ("llama", lambda d: (d / "config.json").unlink(), "holds no config.json"),
 }  # fmt: skip
@@ -301,7 +302,8 @@ def test_llama_cpp_with_other_types_is_near(directories, dtype, most, tmp_path):
     directory, _ = directories("llama")
     gguf.write(directory, tmp_path / "m.gguf", dtype)
     compared = gguf_verify.verify(directory, tmp_path / "m.gguf")
-    assert 1e-4 < compared.logits < most  # its products round both sides; logits reach 6.9, another model's are off by 9
+    # Its products round both sides. Logits reach 6.9, and those of another model are off by 9.
+    assert 1e-4 < compared.logits < most
 
 
 def test_a_wrong_file_is_seen(directories, tmp_path):
@@ -309,5 +311,5 @@ def test_a_wrong_file_is_seen(directories, tmp_path):
     shutil.copytree(directories("llama")[0], tmp_path / "hf")
     gguf.write(tmp_path / "hf", tmp_path / "m.gguf", "f32")
     with_tensor(tmp_path / "hf", "model.layers.0.self_attn.q_proj.weight", lambda x: x.roll(1, 0))
-    with pytest.raises(UserError, match="llama.cpp's logits are off"):
+    with pytest.raises(UserError, match=r"llama.cpp's logits are off"):
         gguf_verify.verify(tmp_path / "hf", tmp_path / "m.gguf", tolerance=1e-4)

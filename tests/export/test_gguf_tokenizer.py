@@ -42,7 +42,8 @@ def trained(split, *, size: int = 500, normalizer=None) -> tokenizers.Tokenizer:
         made.normalizer = normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(TEXTS, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<|endoftext|>", "<s>"], initial_alphabet=sorted(alphabet), show_progress=False))
+        vocab_size=size, special_tokens=["<|endoftext|>", "<s>"], initial_alphabet=sorted(alphabet),
+        show_progress=False))
     return made
 
 
@@ -66,10 +67,11 @@ def ids_of(directory, texts=SAMPLES, rows: int | None = None):
     size = rows or tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab_size()
     model_directory = directory.parent / "model"
     save("llama", model_directory, vocab_size=size, num_hidden_layers=1)
-    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"):
         (model_directory / name).unlink(missing_ok=True)
         if (directory / name).exists():
             (model_directory / name).write_bytes((directory / name).read_bytes())
+    (directory.parent / "m.gguf").unlink(missing_ok=True)
     gguf.write(model_directory, directory.parent / "m.gguf", "f32")
     llama = gguf_verify.load(directory.parent / "m.gguf", context=64)
     found = [llama.tokenize(text.encode(), add_bos=False, special=False) if text else [] for text in texts]
@@ -85,7 +87,9 @@ def test_each_split_has_its_name_and_llama_cpp_gives_the_same_ids(pre, tmp_path)
     assert (found.model, found.pre) == ("gpt2", pre)
     assert found.tokens == [made.id_to_token(i) for i in range(made.get_vocab_size())]
     assert found.types == [CONTROL, CONTROL] + [NORMAL] * (made.get_vocab_size() - 2)
-    texts = [*SAMPLES, *TEXTS[-2:]]
+    marks = pre == "gpt-4o"  # which llama.cpp cannot keep with their letter there
+    assert [note[:50] for note in found.notes] == ["llama.cpp splits words at combining marks, this to"] * marks
+    texts = [text for text in (*SAMPLES, *TEXTS[-2:]) if "\u0301" not in text or not marks]
     assert ids_of(directory, texts) == [made.encode(text, add_special_tokens=False).ids for text in texts]
 
 
@@ -139,14 +143,15 @@ def test_ignore_merges_picks_the_name_or_is_shown_to_make_no_difference(tmp_path
     assert gguf_tokenizer.read(directory, made.get_vocab_size()).pre == "qwen2"
     merges = json.loads((directory / "tokenizer.json").read_text())["model"]["merges"]
     changed(directory, merges=merges[:-1])  # now the last token is reached as a whole word only
-    with pytest.raises(UserError, match="ignore_merges is True, and llama.cpp's qwen2 does it the other way"):
+    with pytest.raises(UserError, match=r"ignore_merges is True, and llama.cpp's qwen2 does it the other way"):
         gguf_tokenizer.read(directory, made.get_vocab_size())
 
 
 def sentencepiece_model(kind: str, tmp_path, **options):
     import sentencepiece as spm
 
-    options = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False} | options
+    options = {"byte_fallback": True, "normalization_rule_name": "identity",
+               "remove_extra_whitespaces": False} | options
     trained = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=trained, model_type=kind, vocab_size=400, minloglevel=2,
@@ -170,7 +175,8 @@ def test_sentencepiece_bpe_from_the_model_and_from_its_tokenizer_json(tmp_path):
     sentencepiece.convert((directory / "tokenizer.model").read_bytes()).save(str(tmp_path / "json/tokenizer.json"))
     again = gguf_tokenizer.read(tmp_path / "json", len(model))
     assert (again.model, again.tokens, again.types) == ("llama", found.tokens, found.types)
-    order = [found.tokens[i] for i in sorted(range(len(model)), key=lambda i: -again.scores[i]) if again.scores[i] > -1e8]
+    best = sorted(range(len(model)), key=lambda i: -again.scores[i])
+    order = [found.tokens[i] for i in best if again.scores[i] > -1e8]
     assert order == [model.id_to_piece(i) for i in sorted(range(len(model)), key=lambda i: -model.get_score(i))
                      if model.id_to_piece(i) in set(order)]  # fmt: skip
     assert ids_of(tmp_path / "json", rows=len(model)) == expected
@@ -196,8 +202,9 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(tmp_path):
 
     train_tokenizer(TEXTS, 400, "unigram").save(tmp_path / "unigram")
     refused(tmp_path / "unigram", "llama.cpp has no byte-level Unigram tokenizer")
-    refused(placed(trained(by(r"\p{L}+|\s+|.")), tmp_path / "split"), "splits text in a way that llama.cpp has no name for")
-    refused(placed(trained(SPLITS["gpt-2"], normalizer=normalizers.Lowercase()), tmp_path / "lower"), "text by Lowercase")
+    refused(placed(trained(by(r"\p{L}+|\s+|.")), tmp_path / "split"), "splits text in a way that llama.cpp has no name")
+    lower = trained(SPLITS["gpt-2"], normalizer=normalizers.Lowercase())
+    refused(placed(lower, tmp_path / "lower"), "normalises text by Lowercase")
     prefixed = pre_tokenizers.ByteLevel(add_prefix_space=True)
     refused(placed(trained(prefixed), tmp_path / "prefix"), "add_prefix_space")
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
@@ -206,5 +213,6 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(tmp_path):
     refused(directory, "no SentencePiece BPE without byte fallback")
     (tmp_path / "words/tokenizer.json").write_text("{")
     refused(tmp_path / "words", "tokenizer.json: cannot be read")
-    composed = gguf_tokenizer.read(placed(trained(SPLITS["gpt-2"], normalizer=normalizers.NFC()), tmp_path / "nfc"), 600)
+    directory = placed(trained(SPLITS["gpt-2"], normalizer=normalizers.NFC()), tmp_path / "nfc")
+    composed = gguf_tokenizer.read(directory, 600)
     assert composed.notes == ["llama.cpp does not compose accents (NFC) before it splits text, this tokenizer does"]

@@ -127,3 +127,35 @@ def test_own_tokenizers_template_and_ends(kind, tmp_path):
     assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<|user|>hi"
     stated = json.loads((out / "generation_config.json").read_text())
     assert stated == {"temperature": 0.6, "eos_token_id": [5, engine.eod_id, engine.token_id(end)]}
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chatml"])
+def test_the_template_that_answers_were_trained_with_is_exported(template, tmp_path):
+    """With the engine's own marks of what is generated, which Transformers understands as well."""
+    from transformers import AutoTokenizer
+
+    from engine.config import Config
+    from engine.data.chat import templates
+    from engine.export import chat
+
+    engine = train_tokenizer(ENGLISH, 600)
+    engine.save(tmp_path / "tokenizer")
+    cfg = Config.model_validate({"examples": {"template": template}})
+    assert chat.of(cfg, tmp_path / "tokenizer") is None, "pretraining has no answers"
+    found = chat.of(cfg.model_copy(update={"stage": "sft"}), tmp_path / "tokenizer")
+    assert found is not None
+    assert found.end == {"alpaca": engine.eod_token, "chatml": "<|im_end|>"}[template]
+    tokenizer_files.write(tmp_path / "tokenizer", tmp_path / "out", 64, found)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two and two?"},
+                {"role": "assistant", "content": "Four."}]
+    own = templates.load(template, tmp_path / "tokenizer", engine)
+    plain = own.render(messages).replace(templates.GENERATION_START, "").replace(templates.GENERATION_END, "")
+    assert theirs.apply_chat_template(messages, tokenize=False) == plain
+    assert theirs.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True) == own.render(
+        messages[:2], prompt=True)
+    marked = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert any(marked["assistant_masks"])
+    assert not all(marked["assistant_masks"])
+    stated = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert engine.token_id(found.end) in (stated if isinstance(stated, list) else [stated])

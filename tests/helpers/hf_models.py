@@ -37,6 +37,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOss", {**_EXPERTS, "head_dim": 16, "sliding_window": 6, "num_experts_per_tok": 3,
                            "hidden_size": 64, "intermediate_size": 64,
                            "rope_parameters": _YARN | {"truncate": False}}),
+    "gpt_oss plain": ("GptOss", {**_EXPERTS, "head_dim": 16, "sliding_window": 6, "num_hidden_layers": 3,
+                                 "layer_types": ["sliding_attention"] * 3,
+                                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Tiny models on a quantised base: widths of whole blocks, and the unsplit model that the codes of all ranks stand for."""
+"""Tiny models on a quantised base: widths of whole blocks, and the unsplit model that all ranks' codes stand for."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import tiny
 import torch
 
 from engine.config import Config
+from engine_kernels import nf4
 
 # 64 input features on each of two tensor ranks.
 WIDTHS: dict[str, Any] = {"model__hidden_size": 128, "model__ffn_hidden_size": 128, "model__num_attention_heads": 4,
                           "model__num_query_groups": 2}
+COMMON = WIDTHS | {"train__global_batch_size": 8, "train__eps": 1e-5, "train__clip_grad": 0.5}
 SHAPES: dict[str, dict[str, Any]] = {
     "dense": {},
     "biases": {"model__linear_bias": True, "model__qk_norm": True, "model__tie_embeddings": False},
@@ -38,6 +40,13 @@ def chunks_of(cfg: Config) -> tuple[list[Any], Any]:
     return build.model(cfg, groups, tiny.VOCAB), groups
 
 
+def trained(corpus: Path, folder: Path, shape: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    """An ordinary checkpoint of ``shape`` after a step on one rank, and its unsplit weights."""
+    run = tiny.start(tiny.config(corpus, folder, **COMMON | SHAPES[shape]))
+    run.step()
+    return run.save(), tiny.whole_weights(run)
+
+
 def loaded(cfg: Config, checkpoint: Path) -> list[Any]:
     """The chunks of ``cfg`` with the weights of an ordinary checkpoint; none are drawn before."""
     from engine.checkpoint import layout, sharded
@@ -59,3 +68,21 @@ def dequantised(chunks: list[Any]) -> dict[str, torch.Tensor]:
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
     return whole.assemble(gathered, tiny.VOCAB)
+
+
+def quantised(name: str, weight: torch.Tensor) -> bool:
+    return weight.dim() == 2 and "decoder.layers" in name and "router" not in name
+
+
+def through_nf4(name: str, weight: torch.Tensor, double_quant: bool) -> torch.Tensor:
+    """What an unsplit weight is after quantisation; groups of scales run along what its layer never splits."""
+    q = nf4.quantise_nf4_reference(weight)
+    if double_quant:
+        q = nf4.compressed(q, along=0 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 1)
+    return nf4.dequantise_nf4_reference(q, weight.dtype)
+
+
+def assert_quantised(found: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], double_quant: bool) -> None:
+    assert found.keys() == {name for name, weight in weights.items() if quantised(name, weight)}
+    for name, value in found.items():
+        assert torch.equal(value, through_nf4(name, weights[name], double_quant)), name

@@ -3,6 +3,7 @@ weights would be."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -13,50 +14,20 @@ import pytest
 import qlora_runs
 import tiny
 import torch
-from qlora_runs import SHAPES, WIDTHS, qlora
+from qlora_runs import COMMON, SHAPES, assert_quantised, qlora, quantised, through_nf4
 
 from engine.config import Config, LoraConfig
 from engine.config.nf4 import BLOCK
 from engine.errors import UserError
 from engine_kernels import nf4
 
-COMMON = WIDTHS | {"train__global_batch_size": 8, "train__eps": 1e-5, "train__clip_grad": 0.5}
-TP2, PP2, EP2 = {"parallel__tensor": 2}, {"parallel__pipeline": 2}, {"parallel__expert": 2}
-SP, ETP1 = TP2 | {"parallel__sequence_parallel": True}, {"parallel__expert_tensor": 1}
 DOUBLE = {"double_quant": True}
 
 
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
     """An ordinary checkpoint of each shape, saved by one rank, and its unsplit weights."""
-    known: dict[str, tuple[Path, dict]] = {}
-
-    def make(shape: str) -> tuple[Path, dict[str, torch.Tensor]]:
-        if shape not in known:
-            run = tiny.start(tiny.config(corpus, tmp_path_factory.mktemp(shape), **COMMON | SHAPES[shape]))
-            run.step()
-            known[shape] = run.save(), tiny.whole_weights(run)
-        return known[shape]
-
-    return make
-
-
-def quantised(name: str, weight: torch.Tensor) -> bool:
-    return weight.dim() == 2 and "decoder.layers" in name and "router" not in name
-
-
-def through_nf4(name: str, weight: torch.Tensor, double_quant: bool) -> torch.Tensor:
-    """What an unsplit weight is after quantisation; groups of scales run along what its layer never splits."""
-    q = nf4.quantise_nf4_reference(weight)
-    if double_quant:
-        q = nf4.compressed(q, along=0 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 1)
-    return nf4.dequantise_nf4_reference(q, weight.dtype)
-
-
-def assert_quantised(found: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], double_quant: bool) -> None:
-    assert found.keys() == {name for name, weight in weights.items() if quantised(name, weight)}
-    for name, value in found.items():
-        assert torch.equal(value, through_nf4(name, weights[name], double_quant)), name
+    return functools.cache(lambda shape: qlora_runs.trained(corpus, tmp_path_factory.mktemp(shape), shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -101,75 +72,31 @@ def _three_steps_dequantised(run: tiny.Run) -> dict[str, Any]:
     return {"losses": [r.sums.loss for r in results], "gradients": gradients}
 
 
-# name: (shape, adapters, layout)
-TWO_RANKS = {
-    "dp2": ("dense", {}, {}),
-    "tp2": ("dense", DOUBLE, TP2),
-    "tp2_sp": ("biases", DOUBLE, SP),
-    "tp2_sp_recompute": ("dense", {}, SP | {"train__recompute": "full"}),
-    "pp2": ("dense", DOUBLE, PP2),
-    "ep2": ("mixtral", DOUBLE, EP2),
-    "etp2": ("deepseek", DOUBLE, SP),
-    "tp2_ep2_etp1": ("gpt_oss", {}, SP | EP2 | ETP1),
-    "cp2": ("dense", {}, {"parallel__context": 2}),
-}
-FOUR_RANKS = {
-    "tp2_pp2": ("dense", DOUBLE, TP2 | PP2),
-    "ep2_tp2": ("mixtral", DOUBLE, EP2 | SP),
-}
+@pytest.mark.parametrize("lora", [{}, DOUBLE], ids=["single", "double"])
+def test_experts_in_one_launch(config, lora):
+    """All experts' codes dequantised at once for the grouped kernels: what a loop over the experts gives."""
+    from engine.model import experts, quantized
 
-
-def write_cases(folder: Path, config, trained, cases: dict) -> None:
-    written = {name: {"config": tiny.to_json(config(**COMMON | SHAPES[shape] | layout)), "lora": lora,
-                      "checkpoint": str(trained(shape)[0]), "trains": True}
-               for name, (shape, lora, layout) in cases.items()}
-    (folder / "cases.json").write_text(json.dumps(written))
-
-
-@pytest.mark.parametrize(("world", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["two", "four"])
-def test_every_layout_holds_and_trains_the_same_model(config, corpus, trained, tmp_path: Path, world: int, cases: dict):
-    write_cases(tmp_path, config, trained, cases)
-    ranks = tiny.launch(Path(__file__).with_name("qlora_ranks.py"), world, tmp_path)
-    outputs = [output.strip().splitlines()[-15:] for _, output in ranks]
-    assert [code for code, _ in ranks] == [0] * world, outputs
-    known: dict = {}
-    for name, (shape, lora, layout) in cases.items():
-        found = torch.load(tmp_path / f"{name}.pt")
-        assert_quantised(found["loaded"], trained(shape)[1], bool(lora))
-        key = shape, bool(lora), "train__recompute" in layout
-        if key not in known:
-            kept = {k: v for k, v in layout.items() if k.startswith("train")}
-            known[key] = lora_runs.three_steps(qlora(config(**COMMON | SHAPES[shape] | kept), **lora))
-        assert not differences(found, known[key]), (name, differences(found, known[key]))
-
-
-def differences(found: dict, expected: dict, bound: float = 1e-5) -> list[str]:
-    wrong = [f"{kind} {found[kind]} for {expected[kind]}" for kind in ("losses", "norms")
-             if found[kind] != pytest.approx(expected[kind], rel=bound)]
-    for kind in ("gradients", "weights"):
-        assert found[kind].keys() == expected[kind].keys()
-        for name, value in expected[kind].items():
-            error = ((found[kind][name] - value).norm() / (value.norm() + 1e-30)).item()
-            if not error <= bound:
-                wrong.append(f"{kind}: {name} is off by {error:.1e}")
-    return wrong
-
-
-def test_numbers_that_are_not_finite_are_refused_on_all_ranks(config, corpus, trained, tmp_path: Path):
-    """Of a weight that one of two pipeline ranks holds: the other one does not wait for it."""
-    run = tiny.start(config(**COMMON))
-    with torch.no_grad():
-        layer: Any = tiny.unwrapped(run).decoder.layers[0]
-        layer.mlp.linear_fc2.weight[3, 70] = torch.nan
-    broken = run.save()
-    written = {"config": tiny.to_json(config(**COMMON | PP2)), "lora": {}, "checkpoint": str(broken), "trains": False}
-    (tmp_path / "cases.json").write_text(json.dumps({"nan": written}))
-    ranks = tiny.launch(Path(__file__).with_name("qlora_ranks.py"), 2, tmp_path, timeout=120)
-    assert [code for code, _ in ranks] == [0, 0], ranks
-    for rank in range(2):
-        assert (tmp_path / f"nan.{rank}.txt").read_text() == (
-            "decoder.layers.0.mlp.linear_fc2.weight: holds NaN or infinity, which cannot be quantised. Start from a "
-            "sound checkpoint, or use lora.base none")
+    changes = {"model__moe": SHAPES["gpt_oss"]["model__moe"] | {"ffn_hidden_size": 64}, "model__num_layers": 1,
+               "model__linear_bias": True, "model__hidden_size": 64}
+    (model,), _ = qlora_runs.chunks_of(qlora(config(**COMMON | changes), **lora))
+    linears: Any = [expert.linear_fc1 for expert in model.decoder.layers[0].mlp.experts.local_experts]
+    weights, biases = [linear.weight for linear in linears], [torch.randn_like(linear.bias) for linear in linears]
+    assert isinstance(quantized.dense_experts(weights, "torch"), quantized.Experts)
+    whole: Any = quantized.dense_experts(weights, "triton")
+    assert torch.equal(whole, torch.stack([weight.dense() for weight in weights]))
+    tokens_e = torch.tensor([3, 0, 5, 2])
+    found = []
+    for impl in ("torch", "triton"):
+        x_pk = torch.randn(10, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y_pm: Any = experts._GroupedLinear.apply(x_pk, tokens_e, None, impl, *weights, *biases)
+        y_pm.square().sum().backward()
+        expected = torch.cat([part @ weight.dense().t() + bias for part, weight, bias in
+                              zip(x_pk.detach().split(tokens_e.tolist()), weights, biases, strict=True)])
+        torch.testing.assert_close(y_pm.detach(), expected, rtol=1e-5, atol=1e-5)
+        found.append(x_pk.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    assert found[0].any()
 
 
 def test_memory_of_the_base(config):
@@ -217,7 +144,7 @@ def _weights(run: tiny.Run) -> dict[str, Any]:
 def test_a_blank_weight_is_not_multiplied_with(config, tmp_path):
     cfg = qlora(config(**COMMON)).model_copy(update={"init_from": str(tmp_path)})
     chunks, _ = qlora_runs.chunks_of(cfg)
-    with pytest.raises(AssertionError, match=r"decoder\.layers\.0\.self_attention\.linear_qkv\.weight was never loaded"):
+    with pytest.raises(AssertionError, match=r"layers\.0\.self_attention\.linear_qkv\.weight was never loaded"):
         chunks[0](torch.zeros(1, tiny.SEQ, dtype=torch.long), torch.arange(tiny.SEQ)[None], None)
 
 
@@ -273,12 +200,13 @@ def in_4_bits(model: Any) -> Any:
     """A Transformers model with its decoder's linear layers as bitsandbytes holds them on a CPU."""
     import bitsandbytes
 
+    nn: Any = bitsandbytes.nn
     for name, module in list(model.model.layers.named_modules()):
         if isinstance(module, torch.nn.Linear):
-            quantised_one = bitsandbytes.nn.Linear4bit(
+            quantised_one = nn.Linear4bit(
                 module.in_features, module.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4",
                 compress_statistics=False)
-            quantised_one.weight = bitsandbytes.nn.Params4bit(
+            quantised_one.weight = nn.Params4bit(
                 module.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=False,
                 module=quantised_one)
             quantised_one.to("cpu")  # quantises
@@ -305,8 +233,8 @@ def test_peft_on_bitsandbytes_computes_the_same(config, tmp_path: Path):
                if not lora.is_adapter(name)}
     lora_runs.randomise([plain])
     adapters.save([plain], cfg, groups, tmp_path / "adapter")
-    theirs = hugging_face.model("Llama", weights, cfg.model, vocab_size=tiny.VOCAB)
-    theirs = PeftModel.from_pretrained(in_4_bits(theirs), str(tmp_path / "adapter"), is_trainable=True).train()
+    base = in_4_bits(hugging_face.model("Llama", weights, cfg.model, vocab_size=tiny.VOCAB))
+    theirs: Any = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True).train()
     assert "4bit" in type(theirs.base_model.model.model.layers[0].mlp.up_proj).__name__
 
     (ours,), _ = qlora_runs.chunks_of(qlora(config(**COMMON)))
@@ -318,14 +246,14 @@ def test_peft_on_bitsandbytes_computes_the_same(config, tmp_path: Path):
     assert (found - expected).abs().max() < 1e-5
     for logits_bsv in (found, expected):
         torch.nn.functional.cross_entropy(logits_bsv.flatten(0, 1), tokens_bs.roll(-1, 1).flatten()).backward()
-    gradients = {name: p.grad for name, p in whole.global_names(ours).items() if p.requires_grad}
-    trained = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    gradients: dict[str, Any] = {name: p.grad for name, p in whole.global_names(ours).items() if p.requires_grad}
+    expected_of = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
     compared = 0
     for entry in adapters.entries(cfg, cfg.lora.targets()):
         for name, value in adapters._to_peft(entry, gradients).items():
-            assert (value - trained[name]).norm() <= 1e-5 * trained[name].norm(), name
+            assert (value - expected_of[name]).norm() <= 1e-5 * expected_of[name].norm(), name
             compared += 1
-    assert compared == len(trained) == 2 * 7 * cfg.model.num_layers
+    assert compared == len(expected_of) == 2 * 7 * cfg.model.num_layers
 
 
 def test_merging_dequantises(config):

@@ -41,7 +41,6 @@ TWO_RANKS = {
     "tp2": ("dense", "all", TP2),
     "tp2_some": ("biases", "some", TP2),
     "tp2_sp": ("dense", "all", SP),
-    "tp2_sp_some": ("biases", "some", SP),
     "tp2_sp_recompute": ("dense", "all", SP | FULL),
     "tp2_one_group": ("one_group", "all", TP2),
     "tp2_sp_one_group": ("one_group", "attention", SP),
@@ -56,7 +55,6 @@ TWO_RANKS = {
     "etp2": ("mixtral", "all", ETP2),
     "etp2_starved": ("starved", "all", ETP2),
     "tp2_etp1": ("gpt_oss", "all", SP | ETP1),
-    "tp2_etp2": ("deepseek", "all", SP),
     "tp2_ep2_etp1": ("mixtral", "some", SP | EP2 | ETP1),
 }
 FOUR_RANKS = {

@@ -204,3 +204,26 @@ def test_factors_start_as_pefts_whatever_they_are_beside(corpus, tmp_path):
             bound = value.shape[1] ** -0.5
             assert value.abs().max() <= bound
             assert value.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_merging_into_a_quantised_base_gives_what_it_computed(corpus, tmp_path):
+    """Also of the layers without an adapter: nothing is left in four bits."""
+    from engine.model import build, quantized
+    from engine.parallel import topology
+
+    cfg = tiny.config(corpus, tmp_path, model__hidden_size=64, model__ffn_hidden_size=128,
+                      model__moe={"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64})
+    cfg = lora_runs.with_lora(cfg, base="nf4", target_modules=["q_proj", "experts.down_proj"])
+    groups = topology.build(cfg)
+    model = build.model(cfg, groups, tiny.VOCAB)[0].eval()
+    lora_runs.randomise([model])
+    tokens, places = torch.arange(tiny.SEQ)[None] * 7 % tiny.VOCAB, torch.arange(tiny.SEQ)[None]
+    with torch.no_grad():
+        found = model(tokens, places, None)
+        with lora.detached([model]):
+            assert (model(tokens, places, None) - found).abs().max() > 1e-3
+        assert len(quantized.weights(model)) == 2 * (2 + 4 * 2)
+        merged = lora_merge.merge([model], groups)
+        assert not quantized.weights(model)
+        assert (merged.changed, merged.total) == (10, 10)
+        assert (model(tokens, places, None) - found).abs().max() < 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -117,7 +118,8 @@ def test_where_there_is_nothing_to_start_from(corpus, tmp_path):
 
 def test_another_model_and_another_tokenizer_are_refused(corpus, parent, tmp_path):
     with pytest.raises(UserError, match=r"model\.ffn_hidden_size 64 \(here 96\)"):
-        midtrain.run(middle(corpus, parent, name="wider", init_from=str(parent / "pretrain"), model__ffn_hidden_size=96))
+        midtrain.run(middle(corpus, parent, name="wider", init_from=str(parent / "pretrain"),
+                            model__ffn_hidden_size=96))
     other = tiny.write_corpus(tmp_path, vocab_size=290)
     with pytest.raises(UserError, match="holds another tokenizer than that of"):
         midtrain.run(middle(other, parent, name="other", init_from=str(parent / "pretrain")))
@@ -127,3 +129,30 @@ def test_the_layout_is_checked_against_the_model_that_comes(corpus, parent):
     cfg = middle(corpus, parent, init_from=str(parent / "pretrain"), parallel__tensor=3)
     with pytest.raises(UserError, match=r"parallel\.tensor: 3 does not divide model\.num_attention_heads \(4\)"):
         origin.settle(cfg)
+
+
+def logged(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows] + [rows[-1]["val/loss"]]
+
+
+EXPERTS = {"model__moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32, "aux_loss_coeff": 0.01}}
+LAYOUTS = {
+    "tp2": (2, {"parallel__tensor": 2}, {}), "pp2": (2, {"parallel__pipeline": 2}, {}), "dp2": (2, {}, {}),
+    "tp2_pp2": (4, {"parallel__tensor": 2, "parallel__pipeline": 2}, {}), "ep2": (2, {"parallel__expert": 2}, EXPERTS),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_midtraining_under_a_layout_is_that_of_one_rank(corpus, tmp_path, name):
+    """The whole driver: the origin found and read by every rank, whatever layout it was saved under."""
+    world, layout_, shape = LAYOUTS[name]
+    pretrain.run(tiny.config(corpus, tmp_path / "pretrain", train__max_steps=2, **shape))
+    cfg = middle(corpus, tmp_path, name="one", train__max_steps=4, init_from=str(tmp_path / "pretrain"))
+    midtrain.run(cfg)
+    shared = middle(corpus, tmp_path, name="shared", train__max_steps=4, init_from=str(tmp_path / "pretrain"),
+                    **layout_)
+    (tmp_path / "case.json").write_text(tiny.to_json(shared))
+    ranks = tiny.launch(Path(__file__).with_name("midtrain_ranks.py"), world, tmp_path / "case.json")
+    assert [code for code, _ in ranks] == [0] * world, [output[-1500:] for _, output in ranks]
+    assert logged(tmp_path / "shared") == pytest.approx(logged(tmp_path / "one"), rel=1e-5)

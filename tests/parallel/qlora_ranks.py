@@ -1,4 +1,4 @@
-"""Run by test_qlora.py as several ranks, under each layout: loads a checkpoint into codes, and trains three steps.
+"""Run by test_qlora_layouts.py as several ranks: loads a checkpoint into codes and trains, under each layout.
 
     qlora_ranks.py FOLDER        FOLDER/cases.json, the checkpoints that it names; writes FOLDER/<case>.pt
 """
