@@ -56,8 +56,9 @@ def _dequantise(function: Any, dtype: torch.dtype, codes: Tensor, absmax: Tensor
 
 def _exact(dtype: torch.dtype, codes: Tensor, absmax: Tensor, low: Any, step: Any) -> Tensor:
     """Every implementation gives the same bits; scales came in fp64."""
-    pair = [None if t is None else t.bfloat16() for t in (low, step)]
-    return dequantise_nf4_reference(Nf4(codes, absmax.float() if low is None else absmax, *pair), dtype)
+    if low is None:
+        return dequantise_nf4_reference(Nf4(codes, absmax.float()), dtype)
+    return dequantise_nf4_reference(Nf4(codes, absmax, low.bfloat16(), step.bfloat16()), dtype)
 
 
 def _bitsandbytes(quantises: bool, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:

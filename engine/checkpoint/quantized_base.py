@@ -6,14 +6,14 @@ weight, quantises it, and goes on to the next, by itself: nothing but the outcom
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -56,8 +56,8 @@ class _Parts(DefaultLoadPlanner):
         pass
 
 
-def _pieces(place: Any) -> Iterable[ShardedTensor]:
-    """The parts of a tensor in the checkpoint that make up ``place``: gate and up lie apart."""
+def _pieces(place: Any) -> Any:
+    """The parts (``ShardedTensor``) of a tensor in the checkpoint that make up ``place``: gate and up lie apart."""
     return place.build() if isinstance(place, ShardedTensorFactory) else [place]
 
 

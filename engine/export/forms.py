@@ -48,9 +48,12 @@ def gguf_file(restored: Restored, options: ExportConfig, output: Path, dtype: st
 
         def write() -> None:
             file = directory.with_suffix(".gguf")
-            gguf.write(directory, file, kind)
+            written = gguf.write(directory, file, kind)
+            for note in written.notes:
+                print(f"note: {note}", file=sys.stderr)
             if options.verify and gguf_verify.installed():
-                found = gguf_verify.verify(directory, file, tolerance=options.tolerance if kind == "f32" else None)
+                tolerance = options.tolerance if kind == "f32" and written.exact else None
+                found = gguf_verify.verify(directory, file, tolerance=tolerance)
                 print(f"llama.cpp computes the same logits to {found.logits:.1e}, and the first {found.greedy} of "
                       f"{found.continued} greedy tokens", file=sys.stderr)
             file.rename(output)

@@ -36,7 +36,8 @@ _F16_MAX = 65504.0
 
 @dataclass
 class Written:
-    """What is in the file. ``notes``: in words, where llama.cpp differs from Transformers although it is right."""
+    """What is in the file. ``notes``: in words, where llama.cpp differs from Transformers although it is right;
+    ``exact``: not in the logits."""
 
     path: Path
     dtype: str
@@ -44,6 +45,7 @@ class Written:
     tensors: dict[str, int] = field(default_factory=dict)  # GGUF's type: tensors of it
     bytes: int = 0
     notes: list[str] = field(default_factory=list)
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def write(hf_directory: Path | str, output: Path | str, dtype: str = "auto") -> 
         raise UserError("exists already", where=str(output), fix="Choose another file, or remove it")
     with opened(directory) as model:
         kind = _kind(dtype, model)
-        done = Written(output, kind, model.architecture, notes=[
-            *gguf_names.restrictions(model.family, model.config), *model.vocabulary.notes])
+        done = Written(output, kind, model.architecture, exact=not gguf_names.rounds_yarn(model.family, model.config),
+                       notes=[*gguf_names.restrictions(model.family, model.config), *model.vocabulary.notes])
         partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
         try:
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -160,10 +160,15 @@ def restrictions(family: str, m: ModelConfig) -> list[str]:
     if family != "gpt_oss" and m.window_size is not None and m.window_size < m.seq_length:
         found.append(f"llama.cpp has no sliding window in {ARCHITECTURES[family]}: the file states a context of "
                      f"{m.window_size} tokens, the window, within which nothing differs")
-    if family == "gpt_oss" and m.yarn is not None and not m.yarn.truncate:
+    if rounds_yarn(family, m):
         found.append("llama.cpp rounds the ends of YaRN's ramp to whole dimensions, this model does not: logits "
                      "differ, as in every GGUF of GPT-OSS")
     return found
+
+
+def rounds_yarn(family: str, m: ModelConfig) -> bool:
+    """Whether llama.cpp computes other rotary frequencies, and there is no way to write the file that avoids it."""
+    return family == "gpt_oss" and m.yarn is not None and not m.yarn.truncate
 
 
 def sliding_layers(m: ModelConfig) -> list[bool]:

@@ -86,7 +86,7 @@ def magnitude(factor: float, scale: float = 1.0) -> float:
 
 
 def written(m: ModelConfig) -> dict[str, Any]:
-    """``rope_theta`` and ``rope_scaling``, which Transformers 4 and 5 both read. Nothing (null) would be GPT-OSS's YaRN.
+    """``rope_theta`` and ``rope_scaling``, which Transformers 4 and 5 both read. Null would be GPT-OSS's own YaRN.
     """
     plain = {"rope_type": "default"} if m.attention_sinks else None
     found: dict[str, Any] = {"rope_theta": m.rotary_base, "rope_scaling": plain}

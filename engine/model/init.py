@@ -32,7 +32,8 @@ def _std(name: str, settings: ModelSettings) -> float:
 def initialise(chunks: list[Any], settings: ModelSettings, seed: int, *, tied: bool, quantised: bool = True) -> None:
     """Draws every parameter of this rank's model chunks in place, and quantised weights unless they will be loaded."""
     for chunk in chunks:
-        for name, param in (global_names(chunk) | (quantised_names(chunk) if quantised else {})).items():
+        drawn_here: dict[str, Any] = global_names(chunk) | (quantised_names(chunk) if quantised else {})
+        for name, param in drawn_here.items():
             if name.endswith("bias"):
                 param.zero_()
                 continue

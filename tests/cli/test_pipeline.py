@@ -178,11 +178,20 @@ def test_a_gate_stops_the_chain_with_the_reason(chain, capsys):
     assert set(chain.statuses().values()) == {"promoted"}
 
 
+def test_the_last_hash_stands_for_the_whole_chain(chain):
+    chain.run()
+    last = chain.promotions()["stages"]["c"]
+    chain.gates["a"] = [{"metric": "val/loss", "at_most": 3}]
+    assert chain.run() == []
+    found = chain.promotions()["stages"]["c"]
+    assert found["steps"] == last["steps"]
+    assert found["sha256"] != last["sha256"]
+
+
 def test_exit_code_and_one_line(chain):
     chain.gates["a"] = [{"metric": "val/loss", "at_most": 1}]
-    chain.run_file = chain.file()
     chain.runs.write_text("")
-    done = subprocess.run([sys.executable, "-m", "engine.cli", "pipeline", "--config", str(chain.run_file)], text=True,
+    done = subprocess.run([sys.executable, "-m", "engine.cli", "pipeline", "--config", str(chain.file())], text=True,
                           capture_output=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: stage a: not promoted: val/loss 2.1 misses ≤ 1")

@@ -205,8 +205,15 @@ def test_what_a_killed_process_left_is_never_read_and_is_removed(cfg, tmp_path, 
     assert [".tmp-" in path.name for path in entries(tmp_path / "cache")] == [False]
 
 
-def _load_in_process(data: dict, results) -> None:
-    config = Config(**data)
+def _load_in_process(data: dict, results, noted: Path) -> None:
+    config, read = Config(**data), Encoding.read
+
+    def noting(self, source, quarantine):
+        with noted.open("a") as file:
+            file.write("once\n")
+        return read(self, source, quarantine)
+
+    Encoding.read = noting  # of this process
     one = load(config)
     results.put((one.fingerprint, one.num_examples))
 
@@ -215,8 +222,8 @@ def test_processes_that_start_together_make_one_entry(cfg, tmp_path):
     config = cfg(lines(tmp_path / "a.jsonl", instructions(400)))
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    processes = [context.Process(target=_load_in_process, args=(config.model_dump(exclude_unset=True), results))
-                 for _ in range(4)]
+    processes = [context.Process(target=_load_in_process, args=(config.model_dump(exclude_unset=True), results,
+                                                                   tmp_path / "noted")) for _ in range(4)]
     for process in processes:
         process.start()
     found = [results.get(timeout=60) for _ in processes]
@@ -224,6 +231,7 @@ def test_processes_that_start_together_make_one_entry(cfg, tmp_path):
         process.join()
     assert len(set(found)) == 1
     assert found[0][1] == 400
+    assert (tmp_path / "noted").read_text() == "once\n", "others did the work again"
     assert len(entries(tmp_path / "cache")) == 1
 
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny_transformers import CASES, save
+from tiny_transformers import CASES, YARN, save
 
 from engine.errors import UserError
 from engine.export import gguf, gguf_verify
@@ -177,6 +177,24 @@ def test_a_window_that_llama_cpp_lacks_bounds_the_context(tmp_path):
     done = gguf.write(tmp_path / "hf", tmp_path / "m.gguf", "f32")
     assert settings(tmp_path / "m.gguf")["llama.context_length"] == 96
     assert [note[:40] for note in done.notes] == ["llama.cpp has no sliding window in llama"]
+
+
+def test_yarn_that_llama_cpp_rounds_is_said_for_gpt_oss_and_refused_elsewhere(tmp_path):
+    yarn = YARN | {"truncate": False, "beta_fast": 3.0}
+    save("gpt_oss", tmp_path / "hf", rope_parameters=yarn)
+    done = gguf.write(tmp_path / "hf", tmp_path / "m.gguf", "f32")
+    assert (done.exact, done.notes[0][:35]) == (False, "llama.cpp rounds the ends of YaRN's")
+    save("qwen2", tmp_path / "other", rope_parameters=yarn)
+    with pytest.raises(UserError, match=r"rope_scaling.truncate: YaRN without rounding"):
+        gguf.write(tmp_path / "other", tmp_path / "other.gguf", "f32")
+
+
+def test_a_tensor_is_converted_in_parts(directories, tmp_path, monkeypatch):
+    directory, _ = directories("mixtral")
+    assert gguf.write(directory, tmp_path / "m.gguf", "q8_0").exact
+    monkeypatch.setattr(gguf, "_ROWS", 7)
+    gguf.write(directory, tmp_path / "parts.gguf", "q8_0")
+    assert (tmp_path / "parts.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
 
 
 def test_mxfp4_experts_are_read(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +96,8 @@ def test_implementations_agree_on_any_shape(m, blocks, seed, along, experts):
     assert same(quantise_nf4(w.to(device), impl="triton"), q)
     if along is not None:
         q = compressed(q, along=along)
-    on_device = Nf4(*(None if t is None else t.to(device) for t in (q.codes, q.absmax, q.low, q.step)), q.group)
+    parts: Any = [None if t is None else t.to(device) for t in (q.codes, q.absmax, q.low, q.step)]
+    on_device = Nf4(*parts, group=q.group)
     for out in TYPES[:2]:
         assert torch.equal(dequantise_nf4(on_device, out, impl="triton").cpu(), dequantise_nf4_reference(q, out))
 

@@ -43,19 +43,15 @@ TWO_RANKS = {
     "tp2_sp": ("dense", "all", SP),
     "tp2_sp_recompute": ("dense", "all", SP | FULL),
     "tp2_one_group": ("one_group", "all", TP2),
-    "tp2_sp_one_group": ("one_group", "attention", SP),
     "pp2": ("dense", "all", PP2),  # tied embeddings: frozen on both stages
     "pp2_recompute": ("biases", "attention", PP2 | FULL),
     "pp2_interleaved": ("dense", "some", PP2 | {"parallel__virtual_pipeline": 2}),
     "cp2": ("dense", "all", {"parallel__context": 2}),
     "ep2": ("mixtral", "all", EP2),
     "ep2_deepseek": ("deepseek", "all", EP2 | SHARED),
-    "ep2_starved": ("starved", "all", EP2),  # the first rank's experts get nothing
-    "ep2_gpt_oss": ("gpt_oss", "some", EP2),
     "etp2": ("mixtral", "all", ETP2),
     "etp2_starved": ("starved", "all", ETP2),
     "tp2_etp1": ("gpt_oss", "all", SP | ETP1),
-    "tp2_ep2_etp1": ("mixtral", "some", SP | EP2 | ETP1),
 }
 FOUR_RANKS = {
     "tp2_pp2": ("dense", "all", TP2 | PP2),
