@@ -75,7 +75,14 @@ def with_epochs(cfg: Config, rows: int | None) -> Config:
     epochs = cfg.examples.epochs
     if epochs is None or rows is None:
         return cfg
-    return cfg.with_values({"train.max_steps": max(1, math.ceil(epochs * rows / cfg.train.global_batch_size))})
+    wanted, steps, last = math.ceil(epochs * rows), 0, 0
+    while wanted > 0:
+        size = cfg.train.batch_size_at(steps)
+        if size == last == cfg.train.global_batch_size:  # the schedule, if there is one, is over
+            steps += math.ceil(wanted / size)
+            break
+        wanted, steps, last = wanted - size, steps + 1, size
+    return cfg.with_values({"train.max_steps": steps})
 
 
 def run(

@@ -239,8 +239,9 @@ def _samples(folder: Path) -> str:
     found = []
     for row in gates.rows(path)[:_SAMPLES]:
         prompt = "\n".join(str(message.get("content", "")) for message in row.get("prompt", []))
+        answer = str(row.get("answer", ""))[:_SAMPLE_CHARACTERS]
         found.append(f'<pre class="prompt">{esc(prompt[:_SAMPLE_CHARACTERS])}</pre>'
-                     f"<pre>{esc(str(row.get('answer', ''))[:_SAMPLE_CHARACTERS]) or '(empty)'}</pre>")
+                     f"<pre>{esc(answer) if answer.strip() else '(empty)'}</pre>")
     return "".join(found)
 
 

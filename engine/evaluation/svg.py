@@ -87,7 +87,7 @@ def y_range(lines: Sequence[Line], level: tuple[str, float] | None) -> tuple[flo
         else:
             values += ordered
     low, high = min(values), max(values)
-    margin = 0.06 * (high - low) or max(abs(high), 1e-12) * 0.1
+    margin = 0.06 * (high - low) or 0.1 * (abs(high) or 1.0)
     return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
 
 
@@ -101,12 +101,12 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def short(value: float) -> str:
-    """12.5k, 3e-04, 0.25: what fits beside an axis."""
+    """12.5k, 0.00025, 0.25: what fits beside an axis."""
     size = abs(value)
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if size >= scale:
             return f"{value / scale:.4g}{unit}"
-    return "0" if size < 1e-300 else f"{value:.0e}" if size < 1e-3 else f"{value:.4g}"
+    return "0" if size < 1e-300 else f"{value:.2g}" if size < 1e-3 else f"{value:.4g}"
 
 
 def smooth(points: Points) -> list[tuple[float, float]]:

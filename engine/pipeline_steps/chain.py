@@ -82,12 +82,14 @@ class Chain:
             for step, name in zip(stage.steps, names, strict=True):
                 self._step(stage, step, name, entry["steps"], must_be_done=must_be_done)
             self._gates(stage, entry)
-        except (UserError, KeyboardInterrupt) as error:
+        except UserError as error:
             if entry["status"] == "running":
-                entry["status"] = "failed" if isinstance(error, UserError) else "interrupted"
-                entry["reason"] = str(error) or "interrupted"
-            self.promotions.write()
+                entry |= {"status": "failed", "reason": str(error)}
             raise
+        finally:  # Ctrl-C and whatever else ends us: the next start goes on
+            if entry["status"] == "running":
+                entry["status"] = "interrupted"
+            self.promotions.write()
         if entry["sha256"] == before.get("sha256"):
             entry["promoted_at"] = before["promoted_at"]
             self.promotions.write()

@@ -336,6 +336,23 @@ def wait_for(path: Path, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("path", ["configs/pipeline.yaml", "configs/pipeline/7b_8gpu.yaml"])
+def test_the_chains_that_are_shipped_pass_preflight(path, monkeypatch):
+    from engine import pipeline
+    from engine.config import parse
+    from engine.config.pipeline import PipelineConfig
+    from engine.pipeline_steps import chain
+
+    monkeypatch.chdir(Path(__file__).parents[2])
+    cfg = parse(PipelineConfig, ["--config", path], prog="pipeline")
+    found = chain.plan(cfg, pipeline.commands())
+    for stage, _, work in found:
+        pipeline.preflight(stage.name, work.name, pipeline.commands()[work.command], work.arguments)
+    assert [work.command for _, _, work in found if work.trains] == ["pretrain", "midtrain", "sft", "dpo", "lora"]
+    assert {gate.metric for stage, _, _ in found for gate in stage.gates} >= {
+        "val/perplexity", "val/accuracy", "val/rewards/margins", "refusal_rate"}
+
+
 # --- real commands ---------------------------------------------------------------------------------------------------
 
 def real(tmp: Path, corpus: Path, **train: object) -> Path:

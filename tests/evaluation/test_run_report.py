@@ -19,7 +19,8 @@ def test_ticks_are_round_and_inside(low, high, expected):
 
 
 @pytest.mark.parametrize(("value", "text"), [
-    (0, "0"), (12345, "12.35k"), (2.5e6, "2.5M"), (0.25, "0.25"), (3e-4, "3e-04"), (-1500, "-1.5k")])
+    (0, "0"), (12345, "12.35k"), (2.5e6, "2.5M"), (0.25, "0.25"), (2.5e-4, "0.00025"), (5e-7, "5e-07"),
+    (-1500, "-1.5k")])
 def test_short_numbers(value, text):
     assert svg.short(value) == text
 

@@ -158,4 +158,4 @@ def test_the_template_that_answers_were_trained_with_is_exported(template, tmp_p
     assert any(marked["assistant_masks"])
     assert not all(marked["assistant_masks"])
     stated = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
-    assert engine.token_id(found.end) in (stated if isinstance(stated, list) else [stated])
+    assert engine.token_id(str(found.end)) in (stated if isinstance(stated, list) else [stated])

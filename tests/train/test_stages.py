@@ -156,3 +156,19 @@ def test_midtraining_under_a_layout_is_that_of_one_rank(corpus, tmp_path, name):
     ranks = tiny.launch(Path(__file__).with_name("midtrain_ranks.py"), world, tmp_path / "case.json")
     assert [code for code, _ in ranks] == [0] * world, [output[-1500:] for _, output in ranks]
     assert logged(tmp_path / "shared") == pytest.approx(logged(tmp_path / "one"), rel=1e-5)
+
+
+def test_steps_from_epochs():
+    from engine.stages import with_epochs
+
+    def steps(epochs: float, rows: int, **train: object) -> int:
+        cfg = Config().with_values({"examples.epochs": epochs, "train.global_batch_size": 8} | {
+            f"train.{name}": value for name, value in train.items()})
+        return with_epochs(cfg, rows).train.max_steps
+
+    assert [steps(1, 16), steps(1, 17), steps(2.5, 16), steps(0.01, 16)] == [2, 3, 5, 1]
+    growing = {"kind": "doubling", "start": 2, "every_steps": 3}  # 2 2 2 4 4 4 8 8 …
+    for rows in range(1, 60):
+        sizes, count = [2, 2, 2, 4, 4, 4, *[8] * 10], steps(1, rows, batch_size_schedule=growing)
+        assert sum(sizes[:count]) >= rows > sum(sizes[:count - 1])
+    assert with_epochs(Config(), 5).train.max_steps == Config().train.max_steps
