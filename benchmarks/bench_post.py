@@ -6,6 +6,8 @@ numbers of them; ``examples`` are those of one step, chosen alike. Each side is 
 turn. Sides: ``engine``; ``engine unpacked``; ``trl``; for SFT also ``trl packing``, whose packed examples see each
 other on attention kernels other than flash-attn, which TRL warns of: another loss, so a lead and no comparison.
 
+TRL logs a step's loss after it is over, so its first loss is not known here and its last is that of the step before.
+
 DPO: TRL computes the reference's log-probabilities in each step (``precompute_ref_log_probs=False``, its default); the
 engine once for the whole dataset. ``x with reference`` counts those seconds as if the run were one epoch.
 
@@ -18,6 +20,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import statistics
 import sysconfig
 import tempfile
@@ -195,7 +198,8 @@ def _row(task: str, worker: Worker, workers: list[Worker], answers: dict[str, li
                                                               * worker.facts["examples_per_step"]),
                "examples a step": worker.facts["examples_per_step"],
                "fill %": 100 * worker.facts.get("fill", 0) or None,
-               "memory GB": max(answer["memory_gb"] for answer in mine), "first loss": first_loss,
+               "memory GB": max(answer["memory_gb"] for answer in mine),
+               "first loss": first_loss if math.isfinite(first_loss) else None,
                "last loss": mine[-1]["losses"][-1], "start-up s": worker.startup_seconds, "idle CPU %": 100 * idle,
                "M parameters": worker.facts["parameters"] / 1e6}
     return Row(f"{task} {worker.name}", values, compare="examples/s")

@@ -61,6 +61,7 @@ def run(cfg: Config) -> TrainState:
 def pairs(cfg: Config, groups: Groups, tokenizer: Path) -> Data:
     """Loaders of preference pairs, for training and validation."""
     from engine.data.examples import build
+    from engine.data.examples.audit import audit
     from engine.sft import described
     from engine.stages import Data, with_epochs
 
@@ -68,6 +69,9 @@ def pairs(cfg: Config, groups: Groups, tokenizer: Path) -> Data:
     train = build.build(cfg, tokenizer, "train", **place)
     held_out = build.build(cfg, tokenizer, "validation", **place)
     rows = train.rows_per_epoch
+    if cfg.examples.audit and groups.is_main:
+        for line in audit(cfg, tokenizer, train, colour=sys.stderr.isatty()):
+            print(line, file=sys.stderr, flush=True)
     return Data(train, held_out, rows=rows,
                 report=(*train.report, *held_out.report, *described(with_epochs(cfg, rows), train)))
 

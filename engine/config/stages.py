@@ -48,6 +48,9 @@ class ExamplesConfig(Section):
     packing: bool = option(True, "several examples in a row, which do not see each other (false: one a row)")
     prefix_sharing: bool = option(True, "preference pairs: the prompt computed once for both answers")
     max_bad_fraction: float = option(0.01, "unusable rows, above which the run fails", "fraction", ge=0, le=1)
+    max_too_long_fraction: float = option(
+        0.25, "rows left out for their length (too_long), above which the run fails", "fraction", ge=0, le=1
+    )
     epochs: float | None = option(
         None, "passes over the data, from which train.max_steps follows (null: train.max_steps counts)", "epochs",
         gt=0, le=10**6,

@@ -35,7 +35,8 @@ class Document:
 
 
 class Quarantine:
-    """What could not be read: every item as a line of ``stream``, counts by reason, the first few as samples."""
+    """What could not be read: every item as a line of ``stream``, counts by reason, the first few and the first of each
+    reason as samples."""
 
     def __init__(self, stream: TextIO, max_samples: int = 20):
         self.files = 0
@@ -50,7 +51,7 @@ class Quarantine:
         self.files += line is None
         self.lines += line is not None
         self.reasons[reason] += 1
-        if len(self.samples) < self._max_samples:
+        if len(self.samples) < self._max_samples or self.reasons[reason] == 1:
             self.samples.append(item)
         self._stream.write(json.dumps(item) + "\n")
 

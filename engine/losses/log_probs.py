@@ -10,23 +10,9 @@ from typing import Any
 
 import torch
 
+from engine.losses import rows
 from engine.losses.vocabulary import shard
 from engine_kernels.linear_cross_entropy import linear_log_probs
-
-
-class _Rows(torch.autograd.Function):
-    """Some rows of x [n, h], each at most once: the gradient is a copy, where indexing's own adds with atomics."""
-
-    @staticmethod
-    def forward(ctx: Any, x_nh: torch.Tensor, rows_k: torch.Tensor) -> torch.Tensor:
-        ctx.n = x_nh.shape[0]
-        ctx.save_for_backward(rows_k)
-        return x_nh.index_select(0, rows_k)
-
-    @staticmethod
-    def backward(ctx: Any, grad_kh: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        (rows_k,) = ctx.saved_tensors
-        return grad_kh.new_zeros(ctx.n, grad_kh.shape[1]).index_copy_(0, rows_k, grad_kh), None
 
 
 def token_log_probs(
@@ -51,15 +37,11 @@ def token_log_probs(
     Where a quarter of the labels or more are left out (prompts, padding), logits are made of the others alone. That
     waits for a GPU to count them, which costs less than the products it spares.
     """
-    def head(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return linear_log_probs(hidden, weight_vh, labels, temperature=temperature, entropy=entropy,
-                                chunk_tokens=chunk_tokens, impl=impl, **shard(weight_vh.shape[0], vocab_size, tp_group))
-
-    rows_k = (labels_n >= 0).nonzero()[:, 0]
-    if not 0 < len(rows_k) <= 0.75 * len(labels_n):
-        return head(hidden_nh, labels_n)
-    found = head(_Rows.apply(hidden_nh, rows_k), labels_n[rows_k])  # type: ignore[arg-type]
-    logps_n, entropy_n = (None if x_k is None else x_k.new_zeros(len(labels_n)).index_copy(0, rows_k, x_k)
-                          for x_k in found)
-    assert logps_n is not None
-    return logps_n, entropy_n
+    options = {"temperature": temperature, "entropy": entropy, "chunk_tokens": chunk_tokens, "impl": impl,
+               **shard(weight_vh.shape[0], vocab_size, tp_group)}
+    rows_k = rows.counted(labels_n >= 0, waits=True)
+    if rows_k is None:
+        return linear_log_probs(hidden_nh, weight_vh, labels_n, **options)
+    logps_k, entropy_k = linear_log_probs(rows.take(hidden_nh, rows_k), weight_vh, labels_n[rows_k], **options)
+    n = len(labels_n)
+    return rows.put(logps_k, rows_k, n), None if entropy_k is None else rows.put(entropy_k, rows_k, n)

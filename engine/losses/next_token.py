@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from engine.losses import rows
 from engine.losses.vocabulary import shard
 from engine_kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -38,7 +39,12 @@ def next_token_loss(
     dtype of the hidden states and expected back in the gradient of the loss (fp16 loss scaling). The loss is
     cross-entropy, with ``label_smoothing`` as torch's, plus ``z_loss`` * logsumexp(logits)^2.
     """
-    return linear_cross_entropy(
-        hidden_nh, weight_vh, labels_n, weights_n=weights_n, scale=scale, label_smoothing=label_smoothing,
-        z_loss=z_loss, chunk_tokens=chunk_tokens, impl=impl, per_token=per_token,
-        **shard(weight_vh.shape[0], vocab_size, tp_group))
+    options = {"scale": scale, "label_smoothing": label_smoothing, "z_loss": z_loss, "chunk_tokens": chunk_tokens,
+               "impl": impl, "per_token": per_token, **shard(weight_vh.shape[0], vocab_size, tp_group)}
+    # In pretraining all tokens count, and a GPU should not be waited for to learn that.
+    rows_k = rows.counted((weights_n != 0) & (labels_n >= 0), waits=False)
+    if rows_k is None:
+        return linear_cross_entropy(hidden_nh, weight_vh, labels_n, weights_n=weights_n, **options)
+    loss, correct = linear_cross_entropy(rows.take(hidden_nh, rows_k), weight_vh, labels_n[rows_k],
+                                         weights_n=weights_n[rows_k], **options)
+    return loss, rows.put(correct, rows_k, len(labels_n)) if per_token else correct

@@ -218,17 +218,6 @@ def _head(op: str, hidden_nh: Tensor, weight_vh: Tensor, labels_n: Tensor, vocab
                  chunk or chunk_tokens(hidden_nh.shape[0], rows, hidden_nh.dtype, hidden_nh.device.type), impl, **more)
 
 
-def _counted(labels_n: Tensor) -> Tensor | None:
-    """Which labels count, where leaving the others out is worth a copy: prompts need no logits. None for all.
-
-    On a CPU only: a GPU would have to wait until their number is known.
-    """
-    if labels_n.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    rows = (labels_n >= 0).nonzero()[:, 0]
-    return rows if 0 < len(rows) < 0.9 * len(labels_n) else None
-
-
 def _wanted(hidden_nh: Tensor, weight_vh: Tensor) -> tuple[bool, bool]:
     """Which gradients to make: none within torch.no_grad, whatever the parameters say."""
     enabled = torch.is_grad_enabled()
@@ -255,12 +244,6 @@ def linear_cross_entropy(
                  label_smoothing=label_smoothing, z_loss=z_loss)
     if weights_n.shape != labels_n.shape:
         raise ValueError(f"{op}: weights {tuple(weights_n.shape)} must be [{labels_n.shape[0]}]")
-    if (rows := _counted(labels_n.masked_fill(weights_n == 0, -1))) is not None:
-        loss, correct = linear_cross_entropy(
-            hidden_nh.index_select(0, rows), weight_vh, labels_n[rows], weights_n=weights_n[rows],
-            vocab_start=vocab_start, vocab_valid=vocab_valid, vocab_size=vocab_size, combine=combine, scale=scale,
-            label_smoothing=label_smoothing, z_loss=z_loss, chunk_tokens=chunk_tokens, impl=impl, per_token=per_token)
-        return loss, correct.new_zeros(len(labels_n)).index_copy(0, rows, correct) if per_token else correct
     return _LinearCrossEntropy.apply(hidden_nh, weight_vh, labels_n, weights_n, head, scale,
                                      _wanted(hidden_nh, weight_vh), per_token)  # type: ignore[return-value]
 
@@ -279,13 +262,6 @@ def linear_log_probs(
                  chunk_tokens, impl)
     if temperature <= 0:
         raise ValueError(f"linear_log_probs: temperature {temperature} must be above 0")
-    if (rows := _counted(labels_n)) is not None:
-        logps, entropies = linear_log_probs(
-            hidden_nh.index_select(0, rows), weight_vh, labels_n[rows], vocab_start=vocab_start,
-            vocab_valid=vocab_valid, vocab_size=vocab_size, combine=combine, temperature=temperature, entropy=entropy,
-            chunk_tokens=chunk_tokens, impl=impl)
-        place = logps.new_zeros(len(labels_n))
-        return place.index_copy(0, rows, logps), None if entropies is None else place.index_copy(0, rows, entropies)
     if temperature != 1.0:
         hidden_nh = hidden_nh / temperature  # smaller than the logits, and their rounding errors average out
     found = _LinearLogProbs.apply(hidden_nh, weight_vh, labels_n, head, entropy, _wanted(hidden_nh, weight_vh))

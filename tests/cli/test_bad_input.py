@@ -21,11 +21,12 @@ import pytest
 
 import engine.pretrain
 from engine import cli
-from engine.config import Config, dump_yaml, fields, load_yaml
+from engine.config import STAGES, Config, dump_yaml, fields, load_yaml
 from engine.config.answer import AnswerConfig
+from engine.config.code_tasks import CodeTasksConfig
+from engine.config.export import ExportConfig, ImportConfig
 from engine.config.inference import EvaluateConfig, GenerateConfig, ReportConfig
 from engine.config.pipeline import PipelineConfig
-from engine.config.code_tasks import CodeTasksConfig
 from engine.config.prepare import PrepareConfig
 from engine.config.verify import VerifyConfig
 from engine.runtime import command
@@ -240,10 +241,12 @@ def test_a_bug_keeps_its_traceback():
         command(buggy, [])
 
 
-STAGES = {stage: Config for stage in ("midtrain", "sft", "dpo", "lora") if stage in cli.COMMANDS}
-MODELS = STAGES | {"prepare": PrepareConfig, "code-tasks": CodeTasksConfig, "pretrain": Config, "evaluate": EvaluateConfig, "generate": GenerateConfig,
-          "report": ReportConfig, "verify-layout": VerifyConfig, "answer": AnswerConfig, "pipeline": PipelineConfig}
+MODELS = dict.fromkeys(STAGES, Config) | {
+    "prepare": PrepareConfig, "code-tasks": CodeTasksConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig,
+    "report": ReportConfig, "verify-layout": VerifyConfig, "answer": AnswerConfig, "pipeline": PipelineConfig,
+    "import": ImportConfig, "export": ExportConfig}
 REQUIRED = {stage: ["--init_from", "r"] for stage in STAGES} | {
+            "import": ["--from", "d", "--output", "o"], "export": ["--checkpoint", "c", "--output", "o"],
             "prepare": ["--input", "a", "--input", "b", "--output", "o"],
             "code-tasks": ["--input", "a", "--output", "o"], "pretrain": ["--seed=7", "data.path=d"],
             "evaluate": ["--checkpoint", "c"], "generate": ["--checkpoint", "c"], "report": ["--run", "r"],

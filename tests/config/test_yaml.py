@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import Config, dump_yaml, load_yaml, parse
+from engine.config import STAGES, Config, dump_yaml, load_yaml, parse
+from engine.config.pipeline import PipelineConfig
 from engine.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*/*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def named(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
 
 
 def write(tmp_path, text) -> Path:
@@ -25,23 +31,48 @@ def refusal(path) -> str:
 
 
 def test_there_is_a_file_for_every_preset():
-    presets = {load_yaml(path)["model"].get("preset") for path in CONFIGS}
+    presets = {load_yaml(path).get("model", {}).get("preset") for path in CONFIGS}
     assert presets >= {"small", "medium", "large", "xl", "1b", "3b", "7b", "8b", "20b_moe", "70b", "mixtral_8x7b",
                        "qwen3_30b_a3b"}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def is_pipeline(path: Path) -> bool:
+    return path.parent.name == "configs" or (path.parent.name == "pipeline" and path.stem not in STAGES)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if not is_pipeline(path)], ids=named)
 def test_every_file_in_configs(path):
     data = load_yaml(path)
     cfg = Config.model_validate(data)
-    assert path.parent.name == cfg.stage
+    assert cfg.stage == (path.stem if path.parent.name == "pipeline" else path.parent.name)
     gpus = path.stem.rpartition("_")[2]
-    assert cfg.data_parallel_size(int(gpus.removesuffix("gpu")) if gpus != "cpu" else 1) >= 1
+    ranks = int(gpus.removesuffix("gpu")) if gpus.endswith("gpu") else 1
+    if cfg.awaits_model():  # its shape comes with the weights: that of the file's name
+        presets = {"7b": "7b", "20b": "20b_moe", "demo": "small"}
+        whole = cfg.with_values({"model.preset": presets.get(path.stem.partition("_")[0], "small")})
+        assert whole.data_parallel_size(ranks) >= 1
+    else:
+        assert cfg.data_parallel_size(ranks) >= 1
     assert parse(Config, ["--config", str(path)], prog="p") == cfg
 
 
+def test_there_is_a_file_for_every_stage_at_7b():
+    assert {path.parent.name for path in CONFIGS if path.stem == "7b_8gpu"} == {*STAGES, "pipeline"}
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if is_pipeline(path)], ids=named)
+def test_every_pipeline_in_configs(path):
+    cfg = PipelineConfig.model_validate(load_yaml(path))
+    trained = [step.command for stage in cfg.stages for step in stage.steps if step.command in STAGES]
+    assert trained == ["pretrain", "midtrain", "sft", "dpo", "lora"]
+    for stage in cfg.stages:
+        for step in stage.steps:
+            assert step.config is None or (ROOT / step.config).is_file(), step.config
+            assert stage.gates or step.command not in STAGES, f"{stage.name} has no gate"
+
+
 def test_the_demo_trains_on_two_processes_too():
-    cfg = Config(**load_yaml(CONFIGS[0].parents[1] / "pretrain" / "demo_cpu.yaml"))
+    cfg = Config(**load_yaml(ROOT / "configs/pretrain/demo_cpu.yaml"))
     assert cfg.data_parallel_size(2) == 2
 
 

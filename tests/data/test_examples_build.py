@@ -288,9 +288,14 @@ def test_a_bad_row_is_named_counted_and_kept(cfg, tmp_path, reason):
     (noted,) = [json.loads(line) for line in (entry / "quarantine.jsonl").read_text().splitlines()]
     assert (noted["file"], noted["line"], noted["reason"]) == (str(path), 20, reason)
     assert json.loads((entry / "manifest.json").read_text())["refused"]["reasons"] == {reason: 1}
+    name = "max_too_long_fraction" if reason == "too_long" else "max_bad_fraction"
     with pytest.raises(UserError) as error:
-        load(config.with_values({"examples.max_bad_fraction": 0.01}))
+        load(config.with_values({f"examples.{name}": 0.01}))
     message = str(error.value)
+    if reason == "too_long":
+        assert message.startswith(f"examples.train[0] {path}: 1 of 25 rows are longer than model.seq_length")
+        assert str(entry / "quarantine.jsonl") in message
+        return
     assert message.startswith(f"examples.train[0] {path}: 1 of 25 rows are unusable ({reason} 1), allowed 1.00%")
     assert f"the first is {path}:20: " in message
     assert str(entry / "quarantine.jsonl") in message
@@ -316,7 +321,13 @@ def test_sources_without_examples_and_missing_files_are_refused(cfg, tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl: holds no rows"):
         load(cfg(lines(tmp_path / "a.jsonl", [])))
     with pytest.raises(UserError, match=r"b\.jsonl: gives no example"):
-        load(cfg(lines(tmp_path / "b.jsonl", [BAD["too_long"]]), examples__max_bad_fraction=1.0))
+        load(cfg(lines(tmp_path / "b.jsonl", [BAD["too_long"]]), examples__max_too_long_fraction=1.0))
+
+
+def test_the_first_unusable_row_is_named_behind_many_that_are_too_long(cfg, tmp_path):
+    path = lines(tmp_path / "a.jsonl", [*[BAD["too_long"]] * 30, *instructions(20), BAD["missing_response"]])
+    with pytest.raises(UserError, match=rf"1 of 51 rows are unusable .* the first is {path}:51: "):
+        load(cfg(path, examples__max_too_long_fraction=0.9))
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------

@@ -165,20 +165,6 @@ def test_hits_of_each_token(impl, place, kept):
 
 
 @pytest.mark.parametrize("op", ["loss", "logps"])
-def test_tokens_that_do_not_count_are_not_projected_on_a_cpu(monkeypatch, op):
-    hidden, weight, _, _ = some(40)
-    labels, weights = torch.arange(40), torch.zeros(40)
-    weights[10:15] = 1.0
-    projected = []
-    monkeypatch.setattr(module, "matmul_nt", lambda x, w: projected.append(len(x)) or matmul_nt(x, w))
-    if op == "loss":
-        linear_cross_entropy(hidden, weight, labels, weights_n=weights)
-    else:
-        linear_log_probs(hidden, weight, labels.masked_fill(weights == 0, -1))
-    assert projected == [5]
-
-
-@pytest.mark.parametrize("op", ["loss", "logps"])
 def test_only_the_gradients_that_are_wanted_are_made(monkeypatch, op):
     hidden, weight, labels, weights = some(20)
     calls = []

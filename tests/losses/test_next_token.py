@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from engine.losses.log_probs import token_log_probs
 from engine.losses.next_token import next_token_loss
+from engine_kernels import linear_cross_entropy
+from engine_kernels.linear import matmul_nt
 
 H, ROWS = 24, 384  # hidden size; rows of the padded vocabulary
 MASKS = ("full", "uneven", "one", "none")
@@ -187,3 +189,26 @@ def test_two_ranks_that_share_the_vocabulary_equal_one(tmp_path: Path):
             assert torch.equal(entropy0, entropy1), key
             found = logps0, entropy0, hidden0.float() + hidden1.float(), torch.cat([weight0, weight1])
             assert_equals_log_prob_reference(found, log_prob_reference(*given, temperature=0.8), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("op", ["loss", "hits", "log_probs"])
+def test_tokens_that_do_not_count_are_not_projected_on_a_cpu(monkeypatch, op):
+    hidden, weight, labels, _ = inputs(40, "full", vocab=300)
+    mask, projected = torch.zeros(40), []
+    mask[10:15] = 1.0
+    monkeypatch.setattr(linear_cross_entropy, "matmul_nt", lambda x, w: projected.append(len(x)) or matmul_nt(x, w))
+    if op == "log_probs":
+        token_log_probs(hidden, weight, labels.masked_fill(mask == 0, -1), vocab_size=300)
+    else:
+        next_token_loss(hidden, weight, labels, mask, vocab_size=300, per_token=op == "hits")
+    assert projected == [5]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_hits_of_each_token(mask):
+    hidden, weight, labels, mask_n = inputs(50, mask, vocab=300)
+    loss, hits_n = next_token_loss(hidden, weight, labels, mask_n, vocab_size=300, per_token=True)
+    guessed_n = (hidden @ weight[:300].t()).argmax(-1)
+    assert torch.equal(hits_n > 0, (guessed_n == labels) & (mask_n > 0))
+    summed, count = next_token_loss(hidden, weight, labels, mask_n, vocab_size=300)
+    assert (loss, hits_n.sum()) == (summed, count)

@@ -11,6 +11,7 @@ from engine.config.model import Llama3RopeConfig, YarnConfig
 from engine.data.loader import Batch
 from engine.evaluation.generation import Sampling, generate
 from engine.model import build, forward, rotary, whole
+from engine.model.objective import NEXT_TOKEN
 from engine.parallel import context, topology
 from engine_kernels import jit
 
@@ -49,7 +50,7 @@ def loss_and_gradients(model, batches: list[Batch]):
     model.zero_grad()
     total = torch.zeros(())
     for batch in batches:
-        output, loss_function = forward._forward_step(iter([batch]), model)
+        output, loss_function = forward._forward_step(iter([batch]), model, objective=NEXT_TOKEN, groups=None)
         loss = loss_function(output)[0]
         loss.backward()
         total += loss.detach()

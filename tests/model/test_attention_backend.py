@@ -13,6 +13,7 @@ from engine.data.loader import Batch
 from engine.errors import UserError
 from engine.evaluation.generation import Sampling, generate
 from engine.model import attention, build, forward
+from engine.model.objective import NEXT_TOKEN
 from engine.parallel import topology
 from engine_kernels import attention_backends
 
@@ -31,7 +32,7 @@ def packed_batch() -> Batch:
 
 
 def loss_and_gradients(model, batch: Batch):
-    output, loss_function = forward._forward_step(iter([batch]), model)
+    output, loss_function = forward._forward_step(iter([batch]), model, objective=NEXT_TOKEN, groups=None)
     loss = loss_function(output)[0]
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}

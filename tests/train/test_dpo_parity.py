@@ -43,7 +43,7 @@ def theirs(policy, teacher, folder, pairs, loss_type: str, dpo: DpoConfig):
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     built = trainer(policy, teacher, folder, loss_type, dpo)
-    rows = [{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected} for prompt, chosen, rejected in pairs]
+    rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair, strict=True)) for pair in pairs]
     total = 0.0
     for batch in [[row] for row in rows] if loss_type == "aot" else [rows]:
         inputs = DataCollatorForPreference(pad_token_id=0)(batch)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import Config
-from engine.config.stages import Source
+from engine.config.stages import ExamplesConfig, Source
 from engine.data.examples import cache, store
 from engine.data.examples.encoding import Encoding
 from engine.data.examples.loader import ExampleLoader
@@ -108,7 +108,7 @@ def build_entries(cfg: Config, tokenizer_folder: Path, split: str, *, pairs: boo
     folder = examples.cache_dir or cfg.output_dir / "examples"
     found = [_entry(source, encoding, folder, held_out) for source in sources]
     for place, entry in enumerate(found):
-        _check(entry, examples.max_bad_fraction, f"examples.{'validation' if own else 'train'}[{place}]")
+        _check(entry, examples, f"examples.{'validation' if own else 'train'}[{place}]")
     return found
 
 
@@ -143,14 +143,22 @@ def _is_held_out(item: Example | Pair, fraction: float) -> bool:
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
-def _check(entry: Entry, allowed: float, where: str) -> None:
+def _check(entry: Entry, examples: ExamplesConfig, where: str) -> None:
+    """Refuses a source with too many rows that are unusable, or too long for the context. Raises ``UserError``."""
     rows, where = entry.manifest["rows"], f"{where} {entry.source.path}"
     if rows == 0:
         raise UserError("holds no rows", where=where, fix="Name another file")
-    if entry.refused > allowed * rows:
-        first = entry.manifest["refused"]["samples"][0]
+    long = entry.manifest["refused"]["reasons"].get("too_long", 0)
+    quarantine = entry.folder / store.QUARANTINE
+    if entry.refused - long > examples.max_bad_fraction * rows:
+        first = next(one for one in entry.manifest["refused"]["samples"] if one["reason"] != "too_long")
         place = first["file"] if first["line"] is None else f"{first['file']}:{first['line']}"
         raise UserError(
-            f"{entry.refused:,} of {rows:,} rows are unusable ({entry.reasons()}), allowed {allowed:.2%}; the first is "
-            f"{place}: {first['detail']}", where=where,
-            fix=f"All are listed in {entry.folder / store.QUARANTINE}; mend them, or raise examples.max_bad_fraction")
+            f"{entry.refused - long:,} of {rows:,} rows are unusable ({entry.reasons()}), allowed "
+            f"{examples.max_bad_fraction:.2%}; the first is {place}: {first['detail']}", where=where,
+            fix=f"All are listed in {quarantine}; mend them, or raise examples.max_bad_fraction")
+    if long > examples.max_too_long_fraction * rows:
+        raise UserError(
+            f"{long:,} of {rows:,} rows are longer than model.seq_length, allowed {examples.max_too_long_fraction:.2%}",
+            where=where, fix=f"All are listed in {quarantine}; raise model.seq_length or "
+            "examples.max_too_long_fraction, or set examples.too_long to truncate")
