@@ -6,7 +6,7 @@ The public API, each name loaded when it is first used, so that ``import engine`
 
     engine.prepare(engine.PrepareConfig(input=["my_files"], output="data"))
     cfg = engine.load_config("my_run.yaml", {"train.max_steps": 100})
-    state = engine.pretrain.run(cfg)
+    state = engine.pretrain.run(cfg)                       # and midtrain, sft, dpo, lora
     with engine.restore(cfg.output_dir) as model:
         print(engine.generate.continuations(model, "def main(", max_new_tokens=40)[0])
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from engine import evaluate, generate, pretrain, report
+    from engine import dpo, evaluate, generate, lora, midtrain, pipeline, pretrain, report, sft
     from engine.checkpoint.restore import Restored
     from engine.checkpoint.restore import model as restore
     from engine.config import Config, load_config
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from engine.data.tokenizer import Tokenizer, load_tokenizer
     from engine.errors import UserError
 
-__all__ = ["Config", "PrepareConfig", "Restored", "Tokenizer", "UserError", "evaluate", "generate", "load_config",
-           "load_tokenizer", "prepare", "pretrain", "report", "restore"]
+__all__ = ["Config", "PrepareConfig", "Restored", "Tokenizer", "UserError", "dpo", "evaluate", "generate",
+           "load_config", "load_tokenizer", "lora", "midtrain", "pipeline", "prepare", "pretrain", "report", "restore",
+           "sft"]
 
 # name: (module, attribute of it; None for the module itself: a driver with a `run`)
 _PLACES = {
@@ -40,14 +41,19 @@ _PLACES = {
     "Restored": ("engine.checkpoint.restore", "Restored"),
     "Tokenizer": ("engine.data.tokenizer", "Tokenizer"),
     "UserError": ("engine.errors", "UserError"),
+    "dpo": ("engine.dpo", None),
     "evaluate": ("engine.evaluate", None),
     "generate": ("engine.generate", None),
     "load_config": ("engine.config", "load_config"),
     "load_tokenizer": ("engine.data.tokenizer", "load_tokenizer"),
+    "lora": ("engine.lora", None),
+    "midtrain": ("engine.midtrain", None),
+    "pipeline": ("engine.pipeline", None),
     "prepare": ("engine.data.prepare", "prepare"),
     "pretrain": ("engine.pretrain", None),
     "report": ("engine.report", None),
     "restore": ("engine.checkpoint.restore", "model"),
+    "sft": ("engine.sft", None),
 }
 
 

@@ -53,14 +53,14 @@ def read(path: Path, key: Key, pairs: int) -> torch.Tensor | None:
     except (OSError, SafetensorError):
         return None
     whole = found_n2.shape == (pairs, 2) and found_n2.dtype == torch.float64
-    return found_n2 if whole and about == {"key": _text(key), "sha256": _hash(found_n2)} else None
+    return found_n2 if whole and about == _about(key, found_n2) else None
 
 
 def write(path: Path, key: Key, log_probs_n2: torch.Tensor) -> None:
     """All or nothing. Raises ``OSError``."""
     from safetensors.torch import save
 
-    data = save({"log_probs": log_probs_n2.contiguous()}, {"key": _text(key), "sha256": _hash(log_probs_n2)})
+    data = save({"log_probs": log_probs_n2.contiguous()}, _about(key, log_probs_n2))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     try:
@@ -74,8 +74,10 @@ def write(path: Path, key: Key, log_probs_n2: torch.Tensor) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _hash(x: torch.Tensor) -> str:
-    return hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()
+def _about(key: Key, log_probs_n2: torch.Tensor) -> dict[str, str]:
+    """One entry: the format writes several in any order, and the same content should be the same file."""
+    sha256 = hashlib.sha256(log_probs_n2.contiguous().numpy().tobytes()).hexdigest()
+    return {"about": json.dumps({"key": _text(key), "sha256": sha256})}
 
 
 @torch.no_grad()
