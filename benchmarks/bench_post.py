@@ -103,13 +103,14 @@ def _write_model(folder: Path, texts: list[str], options: argparse.Namespace) ->
 
     from engine.data.tokenizer import train_tokenizer
 
-    shape = MODELS[options.model]
+    shape: dict[str, Any] = MODELS[options.model]
     train_tokenizer(texts, shape["vocab_size"], eod_token="<|im_end|>").save(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
     torch.manual_seed(1234)
-    LlamaForCausalLM(LlamaConfig(**shape | {"vocab_size": len(tokenizer)}, max_position_embeddings=options.seq_length,
+    settings: dict[str, Any] = shape | {"vocab_size": len(tokenizer)}
+    LlamaForCausalLM(LlamaConfig(**settings, max_position_embeddings=options.seq_length,
                                  tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
                                  pad_token_id=tokenizer.pad_token_id)).save_pretrained(folder)
 

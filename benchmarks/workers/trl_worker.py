@@ -5,6 +5,7 @@ The trainer trains in a thread of its own; ``step`` lets it do one optimizer ste
 
 from __future__ import annotations
 
+import importlib
 import json
 import threading
 from pathlib import Path
@@ -73,9 +74,9 @@ def _gate() -> Any:
 
 def _trainer(config: dict, gate: Any) -> Any:
     import datasets
-    import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    trl: Any = importlib.import_module("trl")  # its names are loaded when they are asked for
     tokenizer = AutoTokenizer.from_pretrained(config["model_dir"])
     dtype = "bfloat16" if config["precision"] == "pure" else "float32"
     model = AutoModelForCausalLM.from_pretrained(config["model_dir"], dtype=dtype, attn_implementation="sdpa")
