@@ -32,6 +32,7 @@ from benchmarks.harness import Row, median_ratio
 from benchmarks.workers.protocol import Worker, interleave
 
 WARMUP_STEPS = 2
+SOURCE = Path(sysconfig.get_path("stdlib"))
 MODELS = {
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 512},
@@ -49,6 +50,7 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16, help="examples of a step of TRL's")
     parser.add_argument("--micro-batch-size", type=int, default=8, help="of them, how many at once")
+    parser.add_argument("--sides", help="some of engine,engine unpacked,trl,trl packing (all that apply)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps-per-round", type=int, default=2)
     parser.add_argument("--max-examples", type=int, default=2000)
@@ -72,7 +74,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     from engine.config.code_tasks import CodeTasksConfig
     from engine.data.code_tasks import code_tasks
 
-    code_tasks(CodeTasksConfig(input=[Path(sysconfig.get_path("stdlib"))], output=folder / "tasks",
+    code_tasks(CodeTasksConfig(input=[SOURCE], output=folder / "tasks",
                                exclude=["site-packages", "dist-packages", "test", "tests", "idlelib"]))
     texts, rows_of = [], {}
     for task, fields in (("sft", ("instruction", "response")), ("dpo", ("prompt", "chosen", "rejected"))):
@@ -127,7 +129,7 @@ def worker_config(task: str, precision: str, folder: Path, options: argparse.Nam
             "clip_grad": 1.0, "beta": 0.1, "seed": 1234, "threads": options.threads or 2}
 
 
-def _sides(task: str, plan: dict[str, Any], folder: Path) -> list[tuple[str, str, dict[str, Any]]]:
+def _sides(task: str, plan: dict[str, Any], folder: Path, wanted: str | None) -> list[tuple[str, str, dict[str, Any]]]:
     """(name, worker, what it changes). The engine's rows a step hold about as many examples as TRL's batch."""
     rows = max(1, round(plan["batch_size"] / _examples_a_row(plan)))
     sides = [("engine", "post_worker", {"packing": True, "rows": rows}), ("engine unpacked", "post_worker", {}),
@@ -135,7 +137,7 @@ def _sides(task: str, plan: dict[str, Any], folder: Path) -> list[tuple[str, str
     if task == "sft":
         sides.append(("trl packing", "trl_worker", {"packing": True, "batch_size": rows, "micro_batch_size": 1}))
     return [(name, f"benchmarks.workers.{module}", changes | {"scratch": str(folder / "scratch" / name)})
-            for name, module, changes in sides]
+            for name, module, changes in sides if wanted is None or name in wanted.split(",")]
 
 
 def _lengths(model: Path) -> Callable[[dict], int]:
@@ -162,7 +164,7 @@ def _task(task: str, precision: str, folder: Path, options: argparse.Namespace) 
     plan = worker_config(task, precision, folder, options)
     with contextlib.ExitStack() as stack:
         workers, first = [], {}
-        for name, module, changes in _sides(task, plan, folder / f"{task}_{precision}"):
+        for name, module, changes in _sides(task, plan, folder / f"{task}_{precision}", options.sides):
             worker = Worker(name, module, plan | changes, threads=plan["threads"])
             stack.callback(worker.close)
             first[name] = worker.run(1)["losses"][0]

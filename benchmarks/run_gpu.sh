@@ -5,7 +5,8 @@
 #   OUT=benchmarks/results benchmarks/run_gpu.sh [PART ...]
 #
 # Parts: tests (tests/kernels natively: no interpreter), kernels, train-1b, train-3b, train-8b (train: all three),
-# profile; without a word all of these. By name only: ahead (compiling for other GPUs), demo, train-125m.
+# profile, stages-1b, stages-8b (SFT, DPO, LoRA and QLoRA beside pretraining; stages: both); without a word all but the
+# stages. By name only: ahead (compiling for other GPUs), demo, train-125m.
 # Each part may take its share of what is left of SECONDS_LIMIT (570), by its weight; one that hangs is ended and the
 # others go on. Results: $OUT/<gpu>/results.json, results.md (all parts in one), log.txt; a summary is printed at the end.
 # A part for which fewer than LEAST (25) seconds are left is not begun. DRY=1 runs every part at its smallest on the CPU.
@@ -47,7 +48,8 @@ for word in "${@:-all}"; do
   case $word in
     all) PARTS+=(tests kernels train-1b train-3b train-8b profile) ;;
     train) PARTS+=(train-1b train-3b train-8b) ;;
-    tests | kernels | train-125m | train-1b | train-3b | train-8b | profile | ahead | demo) PARTS+=("$word") ;;
+    stages) PARTS+=(stages-1b stages-8b) ;;
+    tests | kernels | train-125m | train-1b | train-3b | train-8b | profile | stages-1b | stages-8b | ahead | demo) PARTS+=("$word") ;;
     *) echo "error: no part '$word'; there are: $(sed -n 's/^# Parts: //p' "$0")" >&2; exit 2 ;;
   esac
 done
@@ -77,8 +79,16 @@ train() { # model, precisions, sides
     --steps-per-round 2 --side-seconds "$each" "$@"
 }
 
+stages() { # model, kinds
+  if [ -n "$DRY" ]; then set -- tiny pretrain,sft,lora --stages-device cpu --stages-precision fp32 --threads 1; fi
+  local model=$1 kinds=$2; shift 2
+  suite "$PART" stages --stages-model "$model" --kinds "$kinds" --one-by-one --stages-rounds 3 "$@"
+}
+
 run_part() {
   case $PART in
+    stages-1b) stages 1b pretrain,sft,dpo,lora ;;
+    stages-8b) stages 8b lora,qlora ;;
     tests)
       local options=(-n 8); "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout 120)
       [ -n "$DRY" ] && options=(-k occupancy)

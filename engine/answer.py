@@ -90,15 +90,14 @@ def encoder(restored: Restored, *, chat: bool) -> tuple[Callable[[Messages], lis
     from engine.data.chat.encode import Encoder
 
     template = templates.load(cfg.examples.template, restored.path / "tokenizer", tokenizer)
-    coder = Encoder(tokenizer, template, cfg.model.seq_length)
+    # With the system prompt that training put before conversations that have none.
+    coder = Encoder(tokenizer, template, cfg.model.seq_length, system=cfg.examples.system)
 
     def encode(messages: Messages) -> list[int]:
         try:
-            text = template.render(coder.spelling.shield_all(messages), prompt=True)
+            return coder.prompt(messages).tolist()
         except BadRow as error:
             raise UserError(str(error), where="prompt", fix="Use --no-chat, or mend the prompt") from error
-        twins, _ = templates.generated(coder.spelling.twins(text))
-        return coder.spelling.encode(coder.spelling.plain(twins))[0].tolist()
 
     return encode, min(coder.end_ids, default=tokenizer.eod_id)
 

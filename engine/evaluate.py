@@ -64,6 +64,10 @@ def run(restored: Restored, *, data: Path | None = None, split: Literal["validat
 
     cfg, groups = restored.cfg, restored.groups
     check_layout(cfg, seq_length)
+    if data is None and cfg.stage in ("sft", "dpo", "lora"):
+        raise UserError(f"was trained on examples (stage {cfg.stage}), and evaluate reads prepared tokens",
+                        where=str(restored.path), fix="Name a folder that `mainspring prepare` wrote with --data; the "
+                        "run's metrics.jsonl has what was measured on examples")
     if data is not None:
         cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"path": data, "blend": []})})
     folder = tokenizer_folder(cfg)

@@ -120,15 +120,19 @@ def newest(cfg: Config) -> Origin:
 
 
 def _before(cfg: Config) -> Origin | None:
-    """What a run that is resumed, and is not told another origin, started from: "auto" may find a newer one by now."""
+    """What a run that is resumed, and is not told another origin, started from: "auto" and the folder of a run may mean
+    a newer checkpoint by now."""
     from engine.checkpoint import layout
 
-    if cfg.init_from not in (None, "auto") or cfg.resume_from_checkpoint == "none":
+    named = None if cfg.init_from in (None, "auto") else Path(cfg.init_from).absolute()
+    if cfg.resume_from_checkpoint == "none":
         return None
     resumed = cfg.resume_from_checkpoint
     checkpoint = layout.latest(layout.root(cfg.output_dir)) if resumed == "auto" else layout.find(resumed, newest=True)
     saved = None if checkpoint is None else load_yaml(checkpoint / "config.yaml").get("init_from")
-    return None if saved is None or saved == "none" else find(saved)
+    if saved in (None, "none") or (named is not None and not Path(saved).is_relative_to(named)):
+        return None
+    return find(saved)
 
 
 def settle(cfg: Config) -> tuple[Config, Origin | None]:

@@ -27,7 +27,11 @@ def main(argv: list[str]) -> int:
     from engine.origin import load_base
     from engine.train.run import data_folders
 
-    with restore.model(options.run, device=options.device, load_base=load_base) as restored:
+    plan = restore.plan(options.run, device=options.device)
+    if plan.cfg.stage in ("sft", "dpo", "lora"):
+        raise UserError(f"was trained on examples (stage {plan.cfg.stage}); the report is of runs on prepared tokens",
+                        where=str(options.run), fix="See its metrics.jsonl, or use `mainspring evaluate` with --data")
+    with restore.load(plan, load_base=load_base) as restored:
         cfg = restored.cfg
         held_out = evaluate.run(restored)
         baselines = {}

@@ -122,6 +122,8 @@ def run(
         state = TrainState()
         if resumed is not None:
             state = TrainState.from_dict(checkpoints.load(resumed, chunks, update))
+            if found.rows is not None:
+                _check_rows(cfg, state, resumed)
         with logger_for(cfg, groups, state) as logger:
             report_start(logger, cfg, groups, chunks, resumed_from=resumed, held_out_tokens=found.held_out.num_tokens,
                          origin=None if origin is None else origin.path)
@@ -140,6 +142,14 @@ def run(
             if cfg.checkpoint.load_best_at_end and (best := checkpoints.end_with_best(chunks, state.to_dict())):
                 logger.message(f"ends with the best weights, of step {state.best_step}: {best}")
     return state
+
+
+def _check_rows(cfg: Config, state: TrainState, resumed: Path) -> None:
+    """Refuses to go on with rows of another length: which of them were read is known of the old ones alone."""
+    if state.consumed_tokens != state.consumed_samples * cfg.model.seq_length:
+        before = state.consumed_tokens // max(1, state.consumed_samples)
+        raise UserError(f"was trained on rows of {before} positions (here model.seq_length {cfg.model.seq_length})",
+                        where=str(resumed), fix="Set model.seq_length as it was, or choose another --output_dir")
 
 
 def on_tokens(cfg: Config, origin: Origin | None = None) -> TrainState:

@@ -39,6 +39,10 @@ def verify(cfg: Config, *, shrink: bool = False, ranks: int | None = None, toler
     """
     from engine.verification import jobs, report
 
+    if cfg.awaits_model():  # of a stage that takes it from where it starts: not the defaults of the section model
+        from engine import origin
+
+        cfg, _ = origin.settle(cfg)
     settled, count = jobs.fit(cfg, precision=precision, shrink=shrink, ranks=ranks)
     check_memory(settled, count)
     case = jobs.case("layout", settled, count, tolerance=tolerance, plant=plant)

@@ -52,7 +52,7 @@ def initialise_in_place() -> None:
     from engine.model import init
 
     @torch.no_grad()
-    def draw(chunks, settings, seed, *, tied) -> None:
+    def draw(chunks, settings, seed, **_options) -> None:
         for chunk in chunks:
             for parameter in chunk.parameters():
                 _ = parameter.normal_(0.0, settings.init_method_std) if parameter.dim() > 1 else parameter.fill_(1.0)

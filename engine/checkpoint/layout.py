@@ -93,6 +93,11 @@ def mark_best(checkpoints: Path, step: int) -> None:
     disk.sync(checkpoints)
 
 
+def forget_best(checkpoints: Path) -> None:
+    """The run goes on: until it ends, ``find`` means the newest again."""
+    (checkpoints / BEST).unlink(missing_ok=True)
+
+
 def find(path: Path | str, *, newest: bool = False) -> Path:
     """The checkpoint that a user's path means: a checkpoint itself, a checkpoints folder, or a run's folder.
 

@@ -121,6 +121,7 @@ class Checkpointer:
 
         def end() -> None:
             if self.groups.is_main:
+                layout.forget_best(self.checkpoints)
                 layout.publish(temporary, final, {k: v for part in hashes for k, v in part.items()})
                 best = {state["best_step"]} if self.cfg.checkpoint.keep_best and state.get("best_step") else set()
                 layout.prune(self.checkpoints, keep_last=self.cfg.checkpoint.keep_last, keep=best)

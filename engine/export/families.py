@@ -136,7 +136,11 @@ def section_of(family: Family, config: dict, file: Path) -> dict:
     """The values of the ``model`` section. Raises ``UserError`` for a setting that is unknown, missing or not ours."""
     s = Settings(config, _ANY_FAMILY | family.defaults, str(file))
     found = {ours: s.get(theirs) for theirs, ours in _SAME.items()}
+    for theirs, ours in _SAME.items():
+        if found[ours] is None and theirs not in ("num_key_value_heads", "head_dim"):
+            raise s.error(theirs, "is null, expected a number", "Download the model again")
     found = {name: value for name, value in found.items() if value is not None}
+    _check_shape(found, file)
     s.expect("hidden_act", "silu")
     s.expect("attention_dropout", 0, 0.0)
     found |= rope.read(s) | windows.read(s, family.model_type, found["num_layers"])
@@ -150,6 +154,14 @@ def section_of(family: Family, config: dict, file: Path) -> dict:
     except UserError as error:
         raise UserError(str(error), where=str(file), fix="") from None
     return found
+
+
+def _check_shape(found: dict, file: Path) -> None:
+    """What lies layer by layer is read after the number of layers. Raises ``UserError``."""
+    try:
+        ModelConfig(num_layers=found["num_layers"])
+    except UserError as error:
+        raise UserError(str(error), where=str(file), fix="") from None
 
 
 def _check_quantization(s: Settings, family: Family) -> None:
@@ -198,7 +210,7 @@ def _read_experts(s: Settings, family: Family, found: dict) -> dict:
         moe["router"] = "softmax_after_topk" if s.get("norm_topk_prob", False) else "softmax_before_topk"
         s.expect("decoder_sparse_step", 1, None)
         dense = s.get("mlp_only_layers", None) or []
-        if dense != list(range(len(dense))):
+        if not isinstance(dense, list) or dense != list(range(len(dense))):
             raise s.error("mlp_only_layers", f"is {dense}: here only the first layers can be without experts")
         moe["num_dense_layers"] = len(dense)
     return moe

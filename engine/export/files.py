@@ -123,7 +123,7 @@ def mxfp4(blocks_rgb: torch.Tensor, scales_rg: torch.Tensor) -> torch.Tensor:
 def _listed(directory: Path) -> dict[str, str]:
     """The index: the file of each tensor; empty where one file holds them all."""
     index = directory / INDEX
-    if not index.is_file():
+    if (directory / SINGLE).is_file() or not index.is_file():  # as Transformers, which takes the one file before shards
         if not (directory / SINGLE).is_file():
             pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
             fix = ("Convert its pickled weights, which could run code, with Transformers' "

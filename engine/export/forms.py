@@ -15,14 +15,13 @@ from engine.checkpoint.restore import Restored
 from engine.config.export import ExportConfig
 from engine.errors import UserError
 from engine.export import chat, hugging_face
+from engine.export.writing import check_finite
+from engine.model.whole import global_names
 
 
 def hugging_face_directory(restored: Restored, options: ExportConfig, directory: Path, dtype: str) -> None:
     """A directory for Transformers. The restored weights (fp32) are rounded to ``dtype``. Collective."""
-    with torch.no_grad():  # so that what is compared is what is written
-        for chunk in restored.chunks:
-            for parameter in chunk.parameters():
-                parameter.copy_(parameter.to(hugging_face.DTYPES[dtype]))
+    agree(restored.groups, lambda: _round(restored, dtype), f"exporting {directory}")
 
     def check(folder: Path) -> None:
         difference = hugging_face.verify(folder, restored.chunks, restored.groups, restored.tokenizer,
@@ -34,6 +33,16 @@ def hugging_face_directory(restored: Restored, options: ExportConfig, directory:
         restored.chunks, restored.cfg, restored.groups, restored.path / "tokenizer", directory, dtype=dtype,
         max_shard_gb=options.max_shard_gb, architecture=options.architecture, seq_length=options.seq_length,
         chat=chat.of(restored.cfg, restored.path / "tokenizer"), check=check if options.verify else None)
+
+
+@torch.no_grad()
+def _round(restored: Restored, dtype: str) -> None:
+    """So that what is compared is what is written. Raises ``UserError`` for a value that ``dtype`` does not hold."""
+    for chunk in restored.chunks:
+        for name, parameter in global_names(chunk).items():
+            rounded = parameter.to(hugging_face.DTYPES[dtype])
+            check_finite(name, parameter, rounded)
+            parameter.copy_(rounded)
 
 
 def gguf_file(restored: Restored, options: ExportConfig, output: Path, dtype: str) -> None:

@@ -40,13 +40,17 @@ _PREFIX = "base_model.model."
 _PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "lora_bias": (False,),
           "fan_in_fan_out": (False,), "modules_to_save": (None, []), "rank_pattern": ({}, None),
           "alpha_pattern": ({}, None), "layer_replication": (None,), "trainable_token_indices": (None,),
-          "use_qalora": (False,), "alora_invocation_tokens": (None,), "exclude_modules": (None, [])}
+          "use_qalora": (False,), "alora_invocation_tokens": (None,), "exclude_modules": (None, []),
+          # Others (pissa, olora, corda, loftq, lora_ga) took from the frozen weights what the factors begin with.
+          "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"), "kasa_config": (None,),
+          "monteclora_config": (None,), "use_bdlora": (None, False), "arrow_config": (None,)}
 
 
 @dataclass(frozen=True)
 class Entry:
     """One A and one B of PEFT's, under ``key``; ``layers``: the engine's linear layers that they belong to, one for
-    each expert; ``part``: the adapter's name there. ``turns``: B's rows hold gate and up features in turns."""
+    each expert; ``part``: the adapter's name there. ``turns``: B's rows hold gate and up features in turns.
+    ``inputs_first``: experts' weights are stored [in, out], as GPT-OSS's."""
 
     key: str
     target: str
@@ -55,6 +59,7 @@ class Entry:
     inputs: int
     outputs: int
     turns: bool = False
+    inputs_first: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -100,7 +105,7 @@ def _experts(cfg: Config, targets: tuple[str, ...], ours: str, theirs: str, gpt_
             inner = ".base_layer" if both and part == "gate_up_proj" else ""
             layers = tuple(f"{ours}mlp.experts.local_experts.{e}.{linear}" for e in range(moe.num_experts))
             yield Entry(f"{theirs}mlp.experts{inner}", f"experts.{part}", layers, part, inputs, outputs,
-                        gpt_oss and part == "gate_up_proj")
+                        gpt_oss and part == "gate_up_proj", gpt_oss)
 
 
 def _to_peft(entry: Entry, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -261,8 +266,12 @@ def _opened(directory: Path) -> Any:
                         fix="It is damaged or half a file: copy it again") from error
 
 
-def _swapped(entry: Entry, a: tuple[int, ...], b: tuple[int, ...], rank: int, found: dict, directory: Path) -> bool:
-    """Whether an expert's factors are those of its transposed weight. Raises ``UserError`` for other shapes."""
+def _swapped(entry: Entry, a: tuple[int, ...], b: tuple[int, ...], rank: int, found: dict, directory: Path,
+             before: bool | None = None) -> bool:
+    """Whether an expert's factors are those of its transposed weight. Raises ``UserError`` for other shapes.
+
+    ``before``: what the experts' last factors were. Weights that are [in, out] every PEFT has taken for that.
+    """
     count = len(entry.layers)
     straight = (a, b) == ((count * rank, entry.inputs), (entry.outputs, rank * count))
     turned = entry.stacked and (a, b) == ((count * rank, entry.outputs), (entry.inputs, rank * count))
@@ -270,8 +279,10 @@ def _swapped(entry: Entry, a: tuple[int, ...], b: tuple[int, ...], rank: int, fo
         raise UserError(f"{entry.key} has A {list(a)} and B {list(b)}, this model {[count * rank, entry.inputs]} and "
                         f"{[entry.outputs, rank * count]}", where=str(directory / WEIGHTS),
                         fix="It is an adapter for another base")
-    if not (straight and turned) or entry.turns:
-        return turned and not straight
+    if not (straight and turned):
+        return turned
+    if before is not None or entry.inputs_first:  # GPT-OSS's down projection is square
+        return bool(before)
     version = tuple(int(number) for number in re.findall(r"\d+", str(found.get("peft_version") or ""))[:3])
     if not version:
         raise UserError("does not say which version of PEFT wrote it, and square experts' factors mean another thing "
@@ -289,7 +300,11 @@ def load(directory: Path, chunks: list[Any], cfg: Config, groups: Groups, *, bas
     assert cfg.lora is not None
     found, record = read_config(directory), directory / RECORD
     if base_sha256 is not None and record.is_file():
-        made_for = json.loads(record.read_text(encoding="utf-8")).get("base", {}).get("sha256")
+        try:
+            made_for = json.loads(record.read_text(encoding="utf-8")).get("base", {}).get("sha256")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"cannot be read ({error})", where=str(record),
+                            fix="Copy it again, or remove it: it only says which base the adapters belong to") from None
         if made_for not in (None, base_sha256):
             raise UserError("is an adapter for another base (its content hash differs)", where=str(directory),
                             fix="Load it beside the model that it was trained with")
@@ -305,13 +320,15 @@ def load(directory: Path, chunks: list[Any], cfg: Config, groups: Groups, *, bas
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise UserError(problem.format(min(names) + more), where=str(directory / WEIGHTS),
                                 fix="It is an adapter for another base, or lora.target_modules are others")
+        swapped: bool | None = None  # of experts, as far as they have come
         for entry in wanted:
             slices = [file.get_slice(f"{entry.key}.lora_{which}.weight") for which in "AB"]
             shapes = [tuple(value.get_shape()) for value in slices]
-            swapped = _swapped(entry, shapes[0], shapes[1], cfg.lora.rank, found, directory)
+            turned = _swapped(entry, shapes[0], shapes[1], cfg.lora.rank, found, directory, swapped)
+            swapped = turned if entry.stacked else swapped
             if not own.keys() & {*entry.names("a")}:
                 continue  # another stage's, or other ranks' experts
-            for name, value in _from_peft(entry, slices[0][:], slices[1][:], swapped=swapped).items():
+            for name, value in _from_peft(entry, slices[0][:], slices[1][:], swapped=turned).items():
                 if name in own:
                     p, split = own.pop(name)
                     p.copy_(split.take(value))

@@ -25,11 +25,12 @@ def read(s: Settings) -> dict[str, Any]:
     settings = dict(given)
     kind = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
     settings.pop("type", None)
-    base = settings.pop("rope_theta", None) or s.get("rope_theta")
+    beside = s.get("rope_theta")
+    base = settings.pop("rope_theta", None) or beside
     for share in (settings.pop("partial_rotary_factor", None), s.get("partial_rotary_factor", None)):
         if share not in (None, 1, 1.0):
             raise s.error("partial_rotary_factor", f"is {share}; of these models all of each head turns")
-    read_kind = {"default": _plain, "llama3": _llama3, "yarn": _yarn}.get(kind)
+    read_kind = {"default": _plain, "llama3": _llama3, "yarn": _yarn}.get(kind) if isinstance(kind, str) else None
     if read_kind is None:
         raise s.error(key, f"{kind!r} is a kind of rotary embedding that is not known here",
                       "Those that are: default, llama3, yarn")
@@ -59,6 +60,9 @@ def _llama3(s: Settings, settings: dict, key: str) -> dict:
 
 def _yarn(s: Settings, settings: dict, key: str) -> dict:
     _only(s, settings, _YARN, key)
+    for name in set(_YARN) - {"truncate"}:
+        if settings.get(name) is not None and not _is_number(settings[name]):
+            raise s.error(f"{key}.{name}", f"is {settings[name]!r}, expected a number", "Download the model again")
     original = settings.get("original_max_position_embeddings") or s.get("max_position_embeddings")
     factor = settings.get("factor") or s.get("max_position_embeddings") / original
     if not _is_number(factor):

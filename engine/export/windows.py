@@ -44,6 +44,8 @@ def read(s: Settings, family: str, layers: int) -> dict[str, Any]:
     window, types = s.get("sliding_window", None), s.get("layer_types", None)
     if family != "gpt_oss":
         first = s.get("max_window_layers", 28) or 0  # those before it see everything
+        if not isinstance(first, int):
+            raise s.error("max_window_layers", f"is {first!r}, expected a number", "Download the model again")
         if not s.get("use_sliding_window", False):
             window = None
         if family == "qwen3_moe":  # Transformers does not look at max_window_layers here

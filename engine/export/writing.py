@@ -42,7 +42,7 @@ def save(chunks: list[Any], cfg: Config, groups: Groups, tokenizer: Path | str, 
     they stand for; adapters must be merged before.
     Raises ``UserError`` on all ranks, and leaves nothing behind.
     """
-    final, kind = Path(directory), families.family_of(cfg.model, architecture)
+    final, kind = Path(directory).absolute(), families.family_of(cfg.model, architecture)
     temporary = final.with_name(final.name + ".tmp")
     vocab_size = chunks[0].config.vocab_size
     entries = names.entries(cfg.model, vocab_size, kind.experts[0] if kind.experts else None)
@@ -157,7 +157,7 @@ def _gather(name: str, own: dict, held: list[dict], groups: Groups, dtype: torch
         if owner == groups.rank:
             held_part = own[name][1].detach()
             part = held_part.to(dtype).contiguous()
-            failures.guard(_check_finite, name, held_part, part)
+            failures.guard(check_finite, name, held_part, part)
             if owner:
                 dist.send(part, dst=0)
         elif groups.is_main:
@@ -169,7 +169,8 @@ def _gather(name: str, own: dict, held: list[dict], groups: Groups, dtype: torch
     return join(pieces) if groups.is_main else None
 
 
-def _check_finite(name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+def check_finite(name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+    """Raises ``UserError`` where fp16 does not hold what was finite."""
     if after.dtype == torch.float16 and not after.isfinite().all() and before.isfinite().all():
         raise UserError(f"{name} has values up to {float(before.abs().max()):.3g}, beyond fp16", where="dtype",
                         fix="Use --dtype bf16")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import resource
 import sys
 import time
@@ -81,7 +82,8 @@ def _row(result: step.StepResult, state: TrainState, device: torch.device,
 def _validate(evaluate: Callable[[], dict], state: TrainState, *, saved_too: bool) -> dict[str, float]:
     """Only a step that is saved as well can be the best checkpoint."""
     found = {name: value for name, value in evaluate().items() if name not in ("tokens", "tokens_per_sec")}
-    if saved_too and (state.best_val_loss is None or found["loss"] < state.best_val_loss):
+    finite = math.isfinite(found["loss"])  # no loss is less than NaN: as the first it would stay the best
+    if saved_too and finite and (state.best_val_loss is None or found["loss"] < state.best_val_loss):
         state.best_val_loss, state.best_step = found["loss"], state.step
     return {f"val/{name}": value for name, value in found.items()}
 

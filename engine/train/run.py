@@ -80,8 +80,10 @@ def report_start(logger: MetricLogger, cfg: Config, groups: Groups, chunks, *, r
     logger.message(f"{start}: {size}, {layout}, {dtype} on {device}, backend {cfg.model.backend}, "
                    f"{cfg.train.max_steps} steps -> {cfg.output_dir}")
     if held_out_tokens < 2:
-        logger.message("the data holds out no document (a corpus of one has none to spare): no validation, and the "
-                       "best checkpoint is not known")
+        why = "the data holds out no document (a corpus of one has none to spare)"
+        if cfg.stage in ("sft", "dpo", "lora"):
+            why = "no examples are held out (examples.validation, examples.validation_fraction)"
+        logger.message(f"{why}: no validation, and the best checkpoint is not known")
 
 
 def report_first_step(logger: MetricLogger) -> None:

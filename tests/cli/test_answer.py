@@ -19,8 +19,8 @@ PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content"
 
 @pytest.fixture
 def restored(corpus):
-    def make(stage: str, template: str = "chatml"):
-        cfg = SimpleNamespace(stage=stage, examples=ExamplesConfig(template=template),
+    def make(stage: str, template: str = "chatml", system: str | None = None):
+        cfg = SimpleNamespace(stage=stage, examples=ExamplesConfig(template=template, system=system),
                               model=SimpleNamespace(seq_length=512))
         path = corpus  # which has a folder tokenizer, as a checkpoint does
         return SimpleNamespace(cfg=cfg, path=path, tokenizer=load_tokenizer(path / "tokenizer"))
@@ -40,6 +40,14 @@ def test_a_prompt_is_how_an_example_begins(restored, corpus, template):
     assert not any(mask[:len(prompt)])
     assert mask[len(prompt)]  # the answer begins right behind it
     assert tokens[max(i for i, supervised in enumerate(mask) if supervised)] == end
+
+
+def test_the_system_prompt_of_training_stands_before_a_prompt_without_one(restored):
+    asked = PROMPT[1:]
+    own, _ = encoder(restored("sft"), chat=True)
+    trained, _ = encoder(restored("sft", system="Be brief."), chat=True)
+    assert trained(asked) == own(PROMPT) != own(asked)
+    assert trained([{"role": "system", "content": "Be long."}, *asked]) != trained(asked)
 
 
 def test_words_that_spell_a_special_token_stay_words(restored):

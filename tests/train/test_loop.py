@@ -111,6 +111,14 @@ def test_evaluates_and_saves_when_due_and_at_the_end(config):
     assert events == ["evaluate", (3, None, None), "evaluate", "evaluate", (6, 6, 2.0), "evaluate", (7, 7, 1.5)]
 
 
+def test_what_is_no_number_is_not_the_best(config):
+    cfg = config(train__max_steps=3, checkpoint__save_steps=1, evaluation__eval_steps=1)
+    losses, saved = iter([math.nan, 2.0, math.nan]), []
+    train(cfg, save=lambda state: saved.append((state.best_step, state.best_val_loss)),
+          evaluate=lambda: {"loss": next(losses)})
+    assert saved == [(None, None), (2, 2.0), (2, 2.0)]
+
+
 def test_a_row_is_on_the_disk_before_its_checkpoint(config):
     cfg = config(train__max_steps=3, checkpoint__save_steps=1)
     rows_then = []

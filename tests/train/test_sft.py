@@ -13,7 +13,7 @@ import sft_runs
 import tiny
 import torch
 
-from engine import pretrain, sft
+from engine import evaluate, pretrain, report, sft
 from engine.checkpoint import layout, restore
 from engine.config import Config
 from engine.errors import UserError
@@ -28,6 +28,7 @@ def parent(corpus, tmp_path_factory):
     tiny.forget_layout()
     pretrain.run(tiny.config(corpus, folder / "pretrain", train__max_steps=3, model__seq_length=SEQ))
     sft_runs.write_jsonl(folder / "a.jsonl", 60)
+    (folder / "data").symlink_to(corpus)
     return folder
 
 
@@ -88,6 +89,27 @@ def test_a_run_resumed_in_mid_epoch_is_bit_for_bit_the_uninterrupted_one(parent)
     assert all(torch.equal(one[name], other[name]) for name in one)
     start = weights(parent / "pretrain")
     assert not torch.equal(start["decoder.final_layernorm.weight"], one["decoder.final_layernorm.weight"])
+
+
+def test_rows_of_another_length_are_no_place_to_go_on_from(parent):
+    """What was read is known as positions: rows half as long would go on at another place in the data."""
+    sft.run(tuned(parent, "longer_rows", train__max_steps=1))
+    with pytest.raises(UserError, match=rf"rows of {SEQ} positions \(here model.seq_length {SEQ // 2}\)"):
+        sft.run(tuned(parent, "longer_rows", train__max_steps=2, model__seq_length=SEQ // 2,
+                      examples__max_too_long_fraction=1.0))
+
+
+def test_what_reads_prepared_tokens_says_so(parent, capsys):
+    sft.run(tuned(parent, "no_tokens", train__max_steps=1, examples__validation_fraction=0.0))
+    assert "no examples are held out (examples.validation, examples.validation_fraction)" in capsys.readouterr().err
+    tiny.forget_layout()
+    with pytest.raises(UserError, match="stage sft.*--data"):
+        evaluate.main(["--checkpoint", str(parent / "no_tokens")])
+    tiny.forget_layout()
+    with pytest.raises(UserError, match="stage sft.*prepared tokens"):
+        report.main(["--run", str(parent / "no_tokens")])
+    tiny.forget_layout()
+    assert evaluate.main(["--checkpoint", str(parent / "no_tokens"), "--data", str(parent / "data")]) == 0
 
 
 def test_epochs_count_steps(parent):

@@ -63,12 +63,23 @@ def test_a_resumed_run_keeps_its_origin_though_a_newer_one_has_come(corpus, pare
     pretrain.run(tiny.config(corpus, parent / "later", train__max_steps=1))
     assert origin.settle(cfg)[1].path.parent.parent.name == "pretrain"
     assert origin.settle(middle(corpus, parent, name="fresh"))[1].path.parent.parent.name == "later"
+    assert origin.settle(cfg.with_values({"init_from": str(parent / "later")}))[1].path.parent.parent.name == "later"
     longer = midtrain.run(cfg.with_values({"train.max_steps": 4}))
     whole = midtrain.run(middle(corpus, parent, name="whole", train__max_steps=4,
                                 init_from=str(parent / "pretrain")))
     assert longer.step == whole.step == 4
     one, other = weights(parent / "resumed"), weights(parent / "whole")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_resumed_run_keeps_its_origin_though_the_run_that_it_names_went_on(corpus, tmp_path):
+    first = tiny.config(corpus, tmp_path / "pretrain", train__max_steps=1)
+    pretrain.run(first)
+    cfg = middle(corpus, tmp_path, train__max_steps=1, init_from=str(tmp_path / "pretrain"))
+    midtrain.run(cfg)
+    pretrain.run(first.with_values({"train.max_steps": 2}))
+    assert origin.settle(cfg)[1].path.name == "iter_0000001"
+    assert origin.settle(cfg.with_values({"output_dir": tmp_path / "other"}))[1].path.name == "iter_0000002"
 
 
 def test_a_run_ends_with_its_best_weights(corpus, parent):
@@ -84,13 +95,16 @@ def test_a_run_ends_with_its_best_weights(corpus, parent):
     assert layout.find(parent / "best") == layout.folder(checkpoints, state.best_step)
     assert layout.find(parent / "best", newest=True) == layout.folder(checkpoints, 6)
     assert origin.find(parent / "best").path == layout.folder(checkpoints, state.best_step)
-    midtrain.run(cfg.with_values({"train.max_steps": 7}))  # goes on from the newest, not from the best
+    # Goes on from the newest, not from the best, and is then a run like any other: it ends with what it saved last.
+    midtrain.run(cfg.with_values({"train.max_steps": 7, "checkpoint.load_best_at_end": False}))
     assert layout.find(parent / "best", newest=True) == layout.folder(checkpoints, 7)
+    assert layout.find(parent / "best") == layout.folder(checkpoints, 7)
 
 
 @pytest.mark.parametrize(("changes", "field"), [
     ({"stage": "pretrain", "init_from": "x"}, "init_from"),
     ({"stage": "sft", "data.path": "x"}, "data.path"),
+    ({"stage": "sft", "model.backend": "te", "examples.packing": False}, "model.backend"),
     ({"stage": "midtrain", "lora.rank": 4}, "lora"),
     ({"stage": "lora", "train.optimizer": "muon"}, "train.optimizer"),
     ({"stage": "sft", "train.seq_length_schedule": [{"step": 0, "seq_length": 8}]}, "train.seq_length_schedule"),

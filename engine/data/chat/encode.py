@@ -186,6 +186,8 @@ class Encoder:
         if not item.text.strip():
             raise BadRow("missing_text", "the text is empty")
         tokens, _ = self.spelling.encode(self.spelling.plain(self.spelling.shield(item.text)))
+        if not len(tokens):  # of characters that the tokenizer's normaliser drops
+            raise BadRow("missing_text", "the tokenizer makes no token of the text")
         tokens = np.append(tokens, np.int32(self.tokenizer.eod_id))
         if len(tokens) - 1 > self.seq_length:
             if not self.truncate:

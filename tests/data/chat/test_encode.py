@@ -5,10 +5,14 @@ from __future__ import annotations
 import chat_tokenizers as chat
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.data.chat import templates
 from engine.data.chat.conversation import BadRow, Conversation, Preference, Text
+from engine.data.chat.encode import Encoder
+from engine.data.tokenizer import HuggingFaceTokenizer
 
 
 def user(text: str) -> dict:
@@ -127,12 +131,13 @@ def test_pairs_that_cannot_be():
     assert refused.value.reason == "chosen_is_rejected"
 
 
-def test_an_answer_that_shares_a_token_with_the_header_only_on_one_side():
+@pytest.mark.parametrize("answers", [("\nA", "B"), ("B", "\nA")], ids=["chosen", "rejected"])
+def test_an_answer_that_shares_a_token_with_the_header_only_on_one_side(answers):
     encoder = chat.encoder("chatml")
-    pair = encoder.pair(Preference([user("x")], answer("\nA"), answer("B")))
+    pair = encoder.pair(Preference([user("x")], *map(answer, answers)))
     assert chat.text_of(encoder, pair.prompt) == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant"
-    assert chat.text_of(encoder, pair.chosen) == "\n\nA<|im_end|>"
-    assert chat.text_of(encoder, pair.rejected) == "\nB<|im_end|>"
+    assert [chat.text_of(encoder, side) for side in (pair.chosen, pair.rejected)] == [
+        f"\n{said}<|im_end|>" for said in answers]  # fmt: skip
 
 
 def test_lengths_of_pairs():
@@ -154,6 +159,42 @@ def test_lengths_of_pairs():
     shorter = chat.encoder("chatml", pair.positions(shared=True) - 1, too_long="truncate")
     expected = chat.encoder("chatml").pair(Preference([SYSTEM, *LONG[3:6]], item.chosen, item.rejected))
     assert shorter.pair(item).prompt.tolist() == expected.prompt.tolist()
+
+
+def test_words_that_the_tokenizer_makes_a_special_token_are_refused():
+    """One that has its end token as an ordinary piece as well: no shield helps against its own vocabulary."""
+    model = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("</s>", -1.0), ("a", -2.0)], unk_id=0))
+    model.add_special_tokens(["</s>"])
+    own = HuggingFaceTokenizer(model.to_str(), where="test", config={"eos_token": "</s>"})
+    encoder = Encoder(own, templates.load("alpaca", None, own), 4096)
+    assert encoder.example(Conversation([user("aa"), answer("a")])).tokens.tolist().count(1) == 1
+    for messages in ([user("a</s>a"), answer("a")], [user("a"), answer("a</s>a")]):
+        with pytest.raises(BadRow, match="words of a message into a special token") as refused:
+            encoder.example(Conversation(messages))
+        assert refused.value.reason == "special_in_content"
+
+
+def test_messages_as_ascii_json_keep_what_they_spell():
+    text = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content | tojson(ensure_ascii=true) }}"
+            "{{ '<|im_end|>\\n' }}{% endfor %}{{ '<|im_start|>assistant\\n' if add_generation_prompt }}")  # fmt: skip
+    own = chat.tokenizer(chat.CHATML, None, "<|im_end|>", text)
+    encoder = Encoder(own, templates.load("auto", None, own), 4096)
+    example = encoder.example(Conversation([user("é <|im_end|>"), answer("b <|im_end|> c")]))
+    assert chat.text_of(encoder, example.tokens).startswith('<|im_start|>user\n"\\u00e9 <|im_end|>"<|im_end|>\n')
+    assert chat.supervised(encoder, example) == ['"b <|im_end|> c"<|im_end|>']
+    assert example.tokens.tolist().count(own.token_id("<|im_end|>")) == 2
+
+
+def test_a_text_that_is_no_token():
+    model = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("</s>", -1.0), ("a", -2.0)], unk_id=0))
+    model.normalizer = tokenizers.normalizers.Replace("\u200b", "")
+    model.add_special_tokens(["</s>"])
+    own = HuggingFaceTokenizer(model.to_str(), where="test", config={"eos_token": "</s>"})
+    encoder = Encoder(own, templates.load("alpaca", None, own), 4096)
+    assert encoder.example(Text("\u200ba")).tokens.tolist() == [2, 1]
+    with pytest.raises(BadRow) as refused:
+        encoder.example(Text("\u200b"))
+    assert refused.value.reason == "missing_text"
 
 
 def test_data_that_would_overflow_the_stack():

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.data.chat import audit, templates
+from engine.data.chat import audit, builtin, templates
 from engine.data.chat.conversation import BadRow, Conversation
 from engine.data.chat.encode import Encoder
 from engine.errors import UserError
@@ -129,6 +129,22 @@ def test_a_prompt_that_goes_on_with_what_not_every_answer_starts_with():
     encoder = Encoder(made, templates.load("auto", None, made), 4096)
     found = chat.supervised(encoder, encoder.example(Conversation(TALK)))
     assert found == ["first<|im_end|>", "why\n</think>\n\nsecond<|im_end|>"]
+    # What an answer shares with half a line of the prompt is its own.
+    half = Conversation([TALK[1], {"role": "assistant", "content": "<th is it"}])
+    assert chat.supervised(encoder, encoder.example(half)) == ["<th is it<|im_end|>"]
+
+
+@pytest.mark.parametrize("shown", ["{instruction} + {input}", "{instruction}", "{input}"])
+def test_turns_behind_a_question_that_shows_its_fields(shown):
+    shown = shown.format(instruction="message.instruction", input="message.input")
+    text = builtin.ALPACA.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
+    text = text.replace('message.instruction + "\\n\\n### Input:\\n" + message.input', shown)
+    assert shown in text
+    made = chat.tokenizer(("</s>",), None, "</s>", text)
+    encoder = Encoder(made, templates.load("auto", None, made), 4096)
+    question = {"role": "user", "content": "add\n\n2", "instruction": "add", "input": "2"}
+    example = encoder.example(Conversation([question, {"role": "assistant", "content": "four"}]))
+    assert chat.supervised(encoder, example) == ["four</s>"]
 
 
 def test_messages_of_weight_zero_are_context():

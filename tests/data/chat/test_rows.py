@@ -160,6 +160,15 @@ def test_an_array_is_the_same_in_any_chunks(monkeypatch, found, chunk, indent):
     assert list(json_rows.json_rows(io.BytesIO(raw), lambda lines: iter(()))) == list(enumerate(found, 1))
 
 
+@pytest.mark.parametrize("chunk", range(1, 9))
+def test_an_element_that_is_no_object_is_whole_in_any_chunks(monkeypatch, chunk):
+    """A number that the buffer cuts off is a number, too."""
+    monkeypatch.setattr(json_rows, "_CHUNK", chunk)
+    found = json_rows.json_rows(io.BytesIO(b'[12345, {"a": 1}, true, 678]'), lambda lines: iter(()))
+    assert [(number, row if isinstance(row, dict) else row.reason) for number, row in found] == [
+        (1, "not_an_object"), (2, {"a": 1}), (3, "not_an_object"), (4, "not_an_object")]  # fmt: skip
+
+
 def test_nothing_to_read(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         read(tmp_path / "missing.jsonl")

@@ -116,3 +116,8 @@ def test_sentencepiece(kind):
         piece = own.decode([token])
         assert piece.strip() in text[start:stop] or "\ufffd" in piece
     assert ranges[place].tolist() == [1 + len(said), 2 + len(said)]
+    # Only at the text's start, as in the tokenizer's own vocabulary; decoding would hide it.
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+    start, behind = (pieces.id_to_piece(made.encode(made.twins(f"{head}the dog"))[0].tolist()[at])
+                     for head, at in (("", 0), ("<|end|>", 1)))  # fmt: skip
+    assert (start[0], behind[0]) == ("▁", "t")
