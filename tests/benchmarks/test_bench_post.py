@@ -41,7 +41,8 @@ def test_both_sides_train_on_the_same_examples(task, ours, tmp_path, monkeypatch
     monkeypatch.setattr(bench_post, "SOURCE", bench_post.SOURCE / "json")
     rows = list(bench_post.run(options(
         bench_post, "--task", task, "--model", "tiny", "--precision", "fp32", "--seq-length", "512", "--max-examples",
-        "24", "--rounds", "1", "--steps-per-round", "1", "--batch-size", "4", "--micro-batch-size", "2", "--sides", f"{ours},trl")))
+        "24", "--rounds", "1", "--steps-per-round", "1", "--batch-size", "4", "--micro-batch-size", "2",
+        "--sides", f"{ours},trl")))
     named = {row.name.removeprefix(f"{task} fp32 "): row.values for row in rows}
     assert set(named) == {ours, "trl"}
     own, theirs = named[ours], named["trl"]
