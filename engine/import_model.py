@@ -99,9 +99,16 @@ def adapters(cfg: Config, groups: Any, options: ImportConfig) -> Path:
 
 
 def _stored_precision(directory: Path) -> str:
-    """What the weights were saved in, as config.json says; fp16 becomes fp32, which holds all of its values."""
+    """bf16 where config.json says so and no tensor holds more; fp32 has all values of fp16, too."""
+    from engine.export.files import Files
+    from engine.export.names import IGNORED
+
     config = json.loads((directory / "config.json").read_bytes())
-    return "bf16" if config.get("torch_dtype", config.get("dtype")) == "bfloat16" else "fp32"
+    if config.get("torch_dtype", config.get("dtype")) != "bfloat16":
+        return "fp32"
+    with Files(directory) as files:
+        wider = any(files.dtype(name) in ("F16", "F32", "F64") for name in files.names() if not IGNORED.search(name))
+    return "fp32" if wider else "bf16"
 
 
 def run(cfg: Config, groups: Any, options: ImportConfig) -> Path:

@@ -88,6 +88,7 @@ def is_exported(path: Path) -> bool:
 def _hugging_face(options: AnswerConfig) -> Callable[[Messages], Answer]:
     transformers = _package("transformers", "transformers")
     import torch
+    from safetensors import SafetensorError
 
     where = str(options.model)
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,7 +96,7 @@ def _hugging_face(options: AnswerConfig) -> Callable[[Messages], Answer]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"Transformers cannot load it: {error}", where=where,
                         fix="Export it again with `mainspring export --format hf`") from error
     if options.adapter is not None:
@@ -137,10 +138,14 @@ def _encode(tokenizer: Any, messages: Messages, *, chat: bool) -> list[int]:
 
 def _with_adapter(model: Any, adapter: Path) -> Any:
     peft = _package("peft", "peft")
+    from safetensors import SafetensorError
+
     if not (adapter / "adapter_config.json").is_file():
         raise UserError("is not a PEFT adapter (no adapter_config.json)", where=str(adapter), fix="Check --adapter")
     try:
         return peft.PeftModel.from_pretrained(model, str(adapter))
+    except SafetensorError as error:
+        raise UserError(f"is damaged or not whole ({error})", where=str(adapter), fix="Export it again") from error
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"does not fit the model: {error}", where=str(adapter),
                         fix="Give the model that the adapter was trained on") from error

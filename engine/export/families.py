@@ -137,10 +137,10 @@ def section_of(family: Family, config: dict, file: Path) -> dict:
     s = Settings(config, _ANY_FAMILY | family.defaults, str(file))
     found = {ours: s.get(theirs) for theirs, ours in _SAME.items()}
     for theirs, ours in _SAME.items():
-        if found[ours] is None and theirs not in ("num_key_value_heads", "head_dim"):
-            raise s.error(theirs, "is null, expected a number", "Download the model again")
+        if found[ours] is None and theirs not in ("num_key_value_heads", "head_dim", "initializer_range"):
+            raise s.error(theirs, "is null, expected a value", "Download the model again")
     found = {name: value for name, value in found.items() if value is not None}
-    _check_shape(found, file)
+    found["num_layers"] = _layers(found["num_layers"], file)
     s.expect("hidden_act", "silu")
     s.expect("attention_dropout", 0, 0.0)
     found |= rope.read(s) | windows.read(s, family.model_type, found["num_layers"])
@@ -156,10 +156,10 @@ def section_of(family: Family, config: dict, file: Path) -> dict:
     return found
 
 
-def _check_shape(found: dict, file: Path) -> None:
-    """What lies layer by layer is read after the number of layers. Raises ``UserError``."""
+def _layers(stated: Any, file: Path) -> int:
+    """Checked before all else: lists of layers are as long. Raises ``UserError``."""
     try:
-        ModelConfig(num_layers=found["num_layers"])
+        return ModelConfig(num_layers=stated).num_layers
     except UserError as error:
         raise UserError(str(error), where=str(file), fix="") from None
 

@@ -163,7 +163,7 @@ def save(chunks: list[Any], cfg: Config, groups: Groups, directory: Path, *, bas
     by (``engine.checkpoint.adapters.Base``), kept in mainspring.json. ``check(folder)`` is called on every rank before
     the folder gets its name. Raises ``UserError`` on all ranks.
     """
-    settings = cfg.lora
+    settings, directory = cfg.lora, directory.absolute()
     assert settings is not None
     there = {lora.factor(name)[1] for chunk in chunks for name in whole.global_names(chunk) if lora.is_adapter(name)}
     all_there: list = [None] * groups.world_size
@@ -196,7 +196,7 @@ def save(chunks: list[Any], cfg: Config, groups: Groups, directory: Path, *, bas
     def publish() -> None:
         if groups.is_main:
             temporary.rename(directory)
-            disk.sync(directory.absolute().parent)
+            disk.sync(directory.parent)
 
     agree(groups, write, f"exporting {directory}")
     try:

@@ -53,7 +53,7 @@ def save(chunks: list[Any], cfg: Config, groups: Groups, tokenizer: Path | str, 
 
         def rest() -> None:
             if groups.is_main:
-                tokens = tokenizer_files.write(Path(tokenizer), temporary, cfg.model.seq_length, chat)
+                tokens = tokenizer_files.write(Path(tokenizer), temporary, seq_length or cfg.model.seq_length, chat)
                 stated = families.config_of(kind, cfg.model, vocab_size, dtype=str(DTYPES[dtype]).split(".")[1],
                                             tokens=tokens, seq_length=seq_length)
                 _write_json(temporary / "config.json", stated)

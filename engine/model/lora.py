@@ -228,8 +228,8 @@ def _initialise(chunk: Any, seed: int) -> None:
 
 
 def _start_graph(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-    """Nothing before the first adapter is trained, but recomputed layers and pipeline stages without a target send
-    gradients only from outputs that come from something that wants one."""
+    """Nothing before the first adapter is trained, but recomputed layers send gradients only from outputs that come
+    from something that wants one."""
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_()
 

@@ -30,6 +30,8 @@ def fit(cfg: Config, *, precision: str = "fp32", shrink: bool = False, ranks: in
     """
     ranks = ranks or fewest_ranks(cfg)
     cfg = cfg.with_values({"train.fp8": False})  # which tiny models may be too narrow for
+    if cfg.lora is not None:  # frozen weights have no gradients to compare
+        cfg = cfg.with_values({"stage": "pretrain", "init_from": None, "lora": None})
     if shrink:
         cfg = shrunk(cfg, ranks)
     cfg = cfg.with_values({
@@ -53,6 +55,8 @@ def notes(cfg: Config, wanted: Config) -> list[str]:
         lines.append(f"model.dropout 0 for {wanted.model.dropout:g}: ranks draw other patterns than one rank does")
     if cfg.model.backend != wanted.model.backend:
         lines.append(f"model.backend {cfg.model.backend} for {wanted.model.backend}, which needs a GPU")
+    if wanted.lora is not None:
+        lines.append("lora left out: the whole model is trained, without adapters")
     if wanted.train.fp8:
         lines.append("train.fp8 off: numbers of 8 bits would hide what a layout does")
     if wanted.model.vocab_size is None and cfg.model.vocab_size is None:

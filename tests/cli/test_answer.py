@@ -57,6 +57,18 @@ def test_words_that_spell_a_special_token_stay_words(restored):
     assert encode(PROMPT).count(special) == 2  # the two turns' own
 
 
+def test_half_a_weight_file_is_one_line(corpus, tmp_path):
+    import hf_models
+
+    from engine import answer
+
+    hf_models.save("llama", tmp_path / "hf", corpus / "tokenizer", vocab_size=300)
+    file = tmp_path / "hf/model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match="Transformers cannot load it"):
+        answer.main(["--model", str(tmp_path / "hf"), "--prompt", "the", "--output", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize(("stage", "chat"), [("pretrain", True), ("midtrain", True), ("sft", False)])
 def test_without_a_template_the_text_itself(restored, stage, chat):
     model = restored(stage)

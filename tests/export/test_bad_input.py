@@ -59,6 +59,12 @@ def load(directory: Path, output: Path):
     ("one", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor: is 0"),
     ("one", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config: weights quantised by 'gptq'"),
     ("one", {"num_hidden_layers": "four"}, r"config\.json: num_layers: got 'four', expected"),
+    ("qwen", {"num_hidden_layers": "four"}, r"config\.json: num_layers: got 'four', expected"),
+    ("qwen", {"num_hidden_layers": 10**30}, r"config\.json: num_layers: "),
+    ("qwen", {"mlp_only_layers": 2}, "mlp_only_layers: is 2: here only the first layers"),
+    ("one", {"rope_parameters": {"rope_type": ["yarn"]}}, r"rope_parameters: \['yarn'\] is a kind of rotary"),
+    ("one", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": "x"}},
+     "attention_factor: is 'x', expected a number"),
     ("one", {"num_attention_heads": 5}, r"config\.json: num_query_groups: 2 groups do not divide 5 heads"),
     ("qwen", {"mlp_only_layers": [1]}, r"mlp_only_layers: is \[1\]: here only the first layers"),
     ("qwen", {"decoder_sparse_step": 2}, "decoder_sparse_step: is 2, this engine computes 1"),
@@ -71,6 +77,31 @@ def test_settings_that_are_not_ours(copy, name, changes, message):
     hf_models.edit_config(directory, **changes)
     with pytest.raises(UserError, match=message):
         hugging_face.model_section(directory)
+
+
+@pytest.mark.parametrize(("name", "key"), [("one", "num_hidden_layers"), ("one", "tie_word_embeddings"),
+                                           ("experts", "intermediate_size")])
+def test_null_is_no_value(copy, name, key):
+    """Nothing of the engine's own takes its place."""
+    directory = copy(name)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {key: None}))
+    with pytest.raises(UserError, match=rf"config\.json: {key}: is null"):
+        hugging_face.model_section(directory)
+
+
+def test_a_base_stated_twice_is_the_inner_one(copy):
+    directory = copy("one")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"rope_theta": 7.0}))
+    assert hugging_face.model_section(directory)["rotary_base"] == config["rope_parameters"]["rope_theta"] == 5e5
+
+
+def test_one_file_is_taken_before_shards(copy, tmp_path):
+    """As Transformers does: an index of older files may lie beside it."""
+    directory = copy("one")
+    _bad_index(directory)
+    load(directory, tmp_path / "run")
 
 
 def test_no_configuration(tmp_path):

@@ -82,6 +82,36 @@ def test_import_checks_against_transformers_and_takes_options(source, corpus, tm
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
 
 
+def test_no_value_is_rounded_that_the_files_hold(source, tmp_path):
+    """A config.json may say bfloat16 of files that somebody merged in fp32."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    hf_models.rewrite(source, lambda t: t | {name: t[name].float() + 1e-6})
+    import_model.main(["--from", str(source), "--output", str(tmp_path / "run")])
+    topology.shutdown()
+    export_model.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
+    assert torch.equal(hf_models.tensors(tmp_path / "out")[name], hf_models.tensors(source)[name])
+
+
+def test_an_empty_working_folder_may_become_the_export(source, tmp_path, monkeypatch):
+    import_model.main(["--from", str(source), "--output", str(tmp_path / "run")])
+    topology.shutdown()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_model.main(["--checkpoint", str(tmp_path / "run"), "--output", ".", "--no-verify", "--seq_length", "32"])
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+
+
+def test_fp16_that_overflows_is_refused_without_a_check(source, tmp_path):
+    hf_models.rewrite(source, lambda t: {name: v * (1e7 if name.endswith("layers.1.mlp.up_proj.weight") else 1)
+                                         for name, v in t.items()})
+    import_model.main(["--from", str(source), "--output", str(tmp_path / "run")])
+    with pytest.raises(UserError, match=r"decoder\.layers\.1\.mlp\.linear_fc1\.weight has values up to .*beyond fp16"):
+        export_model.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--dtype", "fp16",
+                           "--no-verify"])
+    assert not (tmp_path / "out").exists()
+    topology.shutdown()
+
+
 def test_ranks_share_the_work(source, tmp_path):
     run, back = tmp_path / "run", tmp_path / "back"
     for script, options in ((import_model, ["--from", source, "--output", run, "--parallel.tensor", "2"]),

@@ -40,6 +40,9 @@ CASES = {
         {**THEIRS, "norm_topk_prob": True, "moe_intermediate_size": 16},
         {"target_modules": ["experts.gate_up_proj", "k_proj"]}),
     "gpt oss": ("GptOss", GPT_OSS, {**THEIRS, "sliding_window": 5, "rope_parameters": YARN}, {}),
+    "gpt oss square": (  # as GPT-OSS itself: down is 32 by 32
+        "GptOss", GPT_OSS | {"model__ffn_hidden_size": 32, "model__moe": {**MOE, "ffn_hidden_size": 32}},
+        {**THEIRS, "sliding_window": 5, "rope_parameters": YARN}, {}),
     "gpt oss down": ("GptOss", GPT_OSS, {**THEIRS, "sliding_window": 5, "rope_parameters": YARN},
                      {"target_modules": ["experts.down_proj"]}),
 }
@@ -125,9 +128,10 @@ def test_reading_gives_back_what_was_written(config, case, tmp_path: Path):
         assert torch.equal(whole.global_names(model)[name], value), name
 
 
-@pytest.mark.parametrize("case", ["qwen3 moe", "qwen3 moe square"])
+@pytest.mark.parametrize("case", ["qwen3 moe", "qwen3 moe square", "gpt oss square"])
 def test_experts_of_peft_before_0_19_1_are_read(config, case, tmp_path: Path):
-    """Their A and B were those of the transposed weight; where shapes do not tell, the version does."""
+    """Their A and B were those of the transposed weight; where shapes do not tell, the layer's other factors do (later
+    versions beside Transformers 4 turn GPT-OSS's), else the version."""
     cfg, groups, model, _ = build_pair(config, case)
     found = logits(model).detach()
     adapters.save([model], cfg, groups, tmp_path / "new")
@@ -153,6 +157,22 @@ def test_experts_of_peft_before_0_19_1_are_read(config, case, tmp_path: Path):
         assert torch.equal(logits(model), found)
 
 
+@pytest.mark.parametrize("version", ["0.18.0", None])
+def test_gpt_oss_is_read_straight_whatever_version_wrote(config, version, tmp_path: Path):
+    """Its weights are [in, out], which PEFT took every expert's for; down is square, so shapes say nothing."""
+    cfg, groups, model, _ = build_pair(config, "gpt oss square")
+    found = logits(model).detach()
+    adapters.save([model], cfg, groups, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_version": version}))
+    with torch.no_grad():
+        for name, p in whole.global_names(model).items():
+            if lora.is_adapter(name):
+                p.zero_()
+    adapters.load(tmp_path / "adapter", [model], cfg, groups)
+    assert torch.equal(logits(model), found)
+
+
 def test_what_does_not_fit_is_refused(config, tmp_path: Path):
     cfg, groups, model, _ = build_pair(config, "llama")
     good = tmp_path / "good"
@@ -162,6 +182,10 @@ def test_what_does_not_fit_is_refused(config, tmp_path: Path):
     with pytest.raises(UserError, match="an adapter for another base"):
         adapters.load(good, [model], cfg, groups, base_sha256="def")
     adapters.load(good, [model], cfg, groups, base_sha256="abc")
+    record = (good / adapters.RECORD).read_text()
+    (good / adapters.RECORD).write_text(record[: len(record) // 2])
+    with pytest.raises(UserError, match=r"mainspring\.json: cannot be read"):
+        adapters.load(good, [model], cfg, groups, base_sha256="abc")
     tensors, stated = load_file(good / "adapter_model.safetensors"), json.loads(
         (good / "adapter_config.json").read_text())
     key = min(tensors)
@@ -186,6 +210,9 @@ def test_what_does_not_fit_is_refused(config, tmp_path: Path):
         attempt(stated={"use_dora": True})
     with pytest.raises(UserError, match="rank_pattern"):
         attempt(stated={"rank_pattern": {"q_proj": 2}})
+    for name, value in (("init_lora_weights", "pissa"), ("init_lora_weights", "olora"), ("kasa_config", {"beta": 1})):
+        with pytest.raises(UserError, match=f"{name}: is .* Merge the adapter with PEFT"):
+            attempt(stated={name: value})
     with pytest.raises(UserError, match="half a file"):
         attempt(cut=True)
 

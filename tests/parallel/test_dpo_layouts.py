@@ -24,9 +24,9 @@ SHAPES = {
 }
 # name: (shape, layout); the same shape on one rank is what it must equal.
 TWO_RANKS = {
-    "tp2": ("dpo", TP2), "tp2_sp": ("dpo", SP2), "pp2": ("dpo", PP2), "pp2_interleaved": ("dpo", INTERLEAVED),
-    "dp2": ("dpo", {}), "dp2_shared": ("dpo", {"parallel__distributed_optimizer": True}), "cp2": ("dpo", CP2),
-    "cp2_ipo": ("ipo", CP2), "tp2_robust": ("robust", TP2), "cp2_unshared": ("unshared", CP2), "ep2_moe": ("moe", EP2),
+    "tp2": ("dpo", TP2), "tp2_sp": ("robust", SP2), "pp2": ("dpo", PP2), "dp2": ("dpo", {}),
+    "dp2_shared": ("dpo", {"parallel__distributed_optimizer": True}), "cp2": ("dpo", CP2),
+    "cp2_unshared": ("unshared", CP2), "ep2_moe": ("moe", EP2),
 }
 FOUR_RANKS = {
     "tp2_pp2": ("dpo", TP2 | PP2), "tp2_cp2": ("windows", SP2 | CP2), "cp2_pp2": ("dpo", CP2 | INTERLEAVED),

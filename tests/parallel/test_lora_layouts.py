@@ -43,7 +43,7 @@ TWO_RANKS = {
     "dp2_shared": ("dense", "all", SHARED | {"parallel__overlap_grad_reduce": True}),
     "tp2": ("dense", "all", TP2),
     "tp2_some": ("biases", "some", TP2),
-    "tp2_sp": ("dense", "all", SP),
+    "tp2_sp": ("biases", "all", SP),
     "tp2_sp_recompute": ("dense", "all", SP | FULL),
     "tp2_one_group": ("one_group", "all", TP2),
     "pp2": ("dense", "all", PP2),  # tied embeddings: frozen on both stages
@@ -60,7 +60,6 @@ TWO_RANKS = {
 }
 FOUR_RANKS = {
     "tp2_pp2": ("dense", "all", TP2 | PP2),
-    "tp2_sp_pp2": ("biases", "all", SP | PP2),
     "ep2_tp2": ("mixtral", "all", EP2 | SP),
     "ep2_etp2": ("mixtral", "all", EP2 | ETP2),
     "ep2_pp2": ("gpt_oss", "all", EP2 | PP2),

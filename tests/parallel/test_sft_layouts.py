@@ -22,9 +22,8 @@ SHAPES = {
 }
 # name: (shape, layout); the same shape on one rank is what it must equal.
 TWO_RANKS = {
-    "tp2": ("dense", TP2), "tp2_sp": ("dense", SP2), "pp2": ("dense", PP2), "pp2_interleaved": ("dense", INTERLEAVED),
-    "dp2": ("dense", {}), "dp2_shared": ("dense", {"parallel__distributed_optimizer": True}), "cp2": ("dense", CP2),
-    "cp2_windows": ("windows", CP2), "ep2_moe": ("moe", EP2),
+    "tp2": ("dense", TP2), "tp2_sp": ("dense", SP2), "pp2": ("dense", PP2), "dp2": ("dense", {}),
+    "dp2_shared": ("dense", {"parallel__distributed_optimizer": True}), "cp2": ("dense", CP2), "ep2_moe": ("moe", EP2),
 }
 FOUR_RANKS = {"tp2_pp2": ("dense", TP2 | PP2), "cp2_pp2": ("dense", CP2 | INTERLEAVED),
               "cp2_dp2": ("windows", CP2), "ep2_tp2_moe": ("moe", EP2 | SP2)}

@@ -92,21 +92,20 @@ def test_a_run_resumed_in_mid_epoch_is_bit_for_bit_the_uninterrupted_one(parent)
 
 
 def test_rows_of_another_length_are_no_place_to_go_on_from(parent):
-    """What was read is known as positions: rows half as long would go on at another place in the data."""
+    """What was read is known as positions: rows twice as long would go on at another place in the data."""
     sft.run(tuned(parent, "longer_rows", train__max_steps=1))
-    with pytest.raises(UserError, match=rf"rows of {SEQ} positions \(here model.seq_length {SEQ // 2}\)"):
-        sft.run(tuned(parent, "longer_rows", train__max_steps=2, model__seq_length=SEQ // 2,
-                      examples__max_too_long_fraction=1.0))
+    with pytest.raises(UserError, match=rf"rows of {SEQ} positions \(here model.seq_length {2 * SEQ}\)"):
+        sft.run(tuned(parent, "longer_rows", train__max_steps=2, model__seq_length=2 * SEQ))
 
 
 def test_what_reads_prepared_tokens_says_so(parent, capsys):
     sft.run(tuned(parent, "no_tokens", train__max_steps=1, examples__validation_fraction=0.0))
     assert "no examples are held out (examples.validation, examples.validation_fraction)" in capsys.readouterr().err
     tiny.forget_layout()
-    with pytest.raises(UserError, match="stage sft.*--data"):
+    with pytest.raises(UserError, match=r"stage sft.*--data"):
         evaluate.main(["--checkpoint", str(parent / "no_tokens")])
     tiny.forget_layout()
-    with pytest.raises(UserError, match="stage sft.*prepared tokens"):
+    with pytest.raises(UserError, match=r"stage sft.*prepared tokens"):
         report.main(["--run", str(parent / "no_tokens")])
     tiny.forget_layout()
     assert evaluate.main(["--checkpoint", str(parent / "no_tokens"), "--data", str(parent / "data")]) == 0

@@ -96,7 +96,8 @@ def test_a_run_ends_with_its_best_weights(corpus, parent):
     assert layout.find(parent / "best", newest=True) == layout.folder(checkpoints, 6)
     assert origin.find(parent / "best").path == layout.folder(checkpoints, state.best_step)
     # Goes on from the newest, not from the best, and is then a run like any other: it ends with what it saved last.
-    midtrain.run(cfg.with_values({"train.max_steps": 7, "checkpoint.load_best_at_end": False}))
+    midtrain.run(cfg.with_values({"train.max_steps": 7, "checkpoint.load_best_at_end": False,
+                                  "checkpoint.keep_last": 9}))
     assert layout.find(parent / "best", newest=True) == layout.folder(checkpoints, 7)
     assert layout.find(parent / "best") == layout.folder(checkpoints, 7)
 

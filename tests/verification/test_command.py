@@ -15,8 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine import verify_layout
-from engine.config import load_config
+from engine import origin, verify_layout
+from engine.config import Config, load_config
+from engine.errors import UserError
+from engine.verification import jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = Path(__file__).with_name("faults.py")
@@ -43,6 +45,22 @@ def strictly(text: str) -> dict:
         raise AssertionError(f"{word} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
+
+
+def test_stages_after_pretraining(tmp_path, monkeypatch):
+    """Their model comes from where they start, and is not the defaults; frozen weights have no gradients to compare."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint of an earlier stage"):
+        verify_layout.verify(load_config(ROOT / "configs/sft/demo_cpu.yaml"))
+    cfg = Config().with_values({"stage": "lora", "model.num_layers": 2, "parallel.tensor": 2, "lora.rank": 4})
+    fitted, ranks = jobs.fit(cfg, shrink=True)
+    assert (fitted.lora, ranks) == (None, 2)
+    assert any("lora left out" in line for line in jobs.notes(fitted, cfg))
+    monkeypatch.setattr(jobs, "fit", lambda cfg, **_: pytest.fail(f"{cfg.model.num_layers} layers"))
+    whole = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 64}
+    monkeypatch.setattr(origin, "settle", lambda cfg: (cfg.with_values({"model": whole}), None))
+    with pytest.raises(pytest.fail.Exception, match="3 layers"):
+        verify_layout.verify(Config().with_values({"stage": "sft"}))
 
 
 def test_a_layout_that_is_right(tmp_path, capsys):

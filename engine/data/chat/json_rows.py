@@ -149,8 +149,8 @@ class _Text:
                 self._feed(self._stream.read(wanted))
                 wanted *= 2
             else:
-                # A number or a literal at the buffer's end may go on.
-                if end < len(self._buffer) or not self._more:
+                # A number at the buffer's end may go on, behind its "." or "e+" too, which alone are none of it.
+                if end + 2 < len(self._buffer) or not self._more:
                     self._place = end
                     return value
                 self._feed(self._stream.read(_CHUNK))
