@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,8 +124,8 @@ def run(
         state = TrainState()
         if resumed is not None:
             state = TrainState.from_dict(checkpoints.load(resumed, chunks, update))
-            if found.rows is not None:
-                _check_rows(cfg, state, resumed)
+        if found.rows is not None:
+            _check_rows(cfg, found.train, state, resumed)
         with logger_for(cfg, groups, state) as logger:
             report_start(logger, cfg, groups, chunks, resumed_from=resumed, held_out_tokens=found.held_out.num_tokens,
                          origin=None if origin is None else origin.path)
@@ -144,12 +146,21 @@ def run(
     return state
 
 
-def _check_rows(cfg: Config, state: TrainState, resumed: Path) -> None:
-    """Refuses to go on with rows of another length: which of them were read is known of the old ones alone."""
+def _check_rows(cfg: Config, train: Any, state: TrainState, resumed: Path | None) -> None:
+    """Notes what the rows are; refuses to go on with others, of which nobody knows which were read."""
+    seed = cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed
+    what = [train.fingerprint, cfg.model.seq_length, seed, cfg.examples.packing, cfg.examples.prefix_sharing,
+            [source.weight for source in cfg.examples.train]]
+    rows_sha256 = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     if state.consumed_tokens != state.consumed_samples * cfg.model.seq_length:
         before = state.consumed_tokens // max(1, state.consumed_samples)
         raise UserError(f"was trained on rows of {before} positions (here model.seq_length {cfg.model.seq_length})",
                         where=str(resumed), fix="Set model.seq_length as it was, or choose another --output_dir")
+    if state.rows_sha256 not in (None, rows_sha256):
+        raise UserError("was trained on other rows: examples.train, its weights, packing, template or seed have "
+                        "changed since", where=str(resumed), fix="Set them as they were, or start a new run from it "
+                        "with --init_from and another --output_dir")
+    state.rows_sha256 = rows_sha256
 
 
 def on_tokens(cfg: Config, origin: Origin | None = None) -> TrainState:

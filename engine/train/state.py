@@ -12,7 +12,8 @@ class TrainState:
     ``step``: updates done. ``consumed_tokens``: the data position. ``consumed_samples``: sequences read so far.
     ``skipped_steps``: updates left out by loss scaling. ``best_val_loss`` (nats a token) and ``best_step``: the best of
     the steps that were both evaluated and saved. ``micro_batch_size``: what recovery from lack of memory came down to,
-    None for the configured one.
+    None for the configured one. ``rows_sha256``: what a position of ``consumed_tokens`` is a row of, in the stages that
+    read examples.
     """
 
     step: int = 0
@@ -22,6 +23,7 @@ class TrainState:
     micro_batch_size: int | None = None
     best_val_loss: float | None = None
     best_step: int | None = None
+    rows_sha256: str | None = None
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -98,6 +98,15 @@ def test_rows_of_another_length_are_no_place_to_go_on_from(parent):
         sft.run(tuned(parent, "longer_rows", train__max_steps=2, model__seq_length=2 * SEQ))
 
 
+@pytest.mark.parametrize("change", [{"data__shuffle_seed": 5}, {"examples__packing": False},
+                                    {"examples__supervise": "all"}, {"seed": 7}])
+def test_other_rows_are_no_place_to_go_on_from(parent, change):
+    name = f"other_rows_{next(iter(change))}"
+    sft.run(tuned(parent, name, train__max_steps=1))
+    with pytest.raises(UserError, match=r"was trained on other rows: .*--init_from"):
+        sft.run(tuned(parent, name, train__max_steps=2, **change))
+
+
 def test_what_reads_prepared_tokens_says_so(parent, capsys):
     sft.run(tuned(parent, "no_tokens", train__max_steps=1, examples__validation_fraction=0.0))
     assert "no examples are held out (examples.validation, examples.validation_fraction)" in capsys.readouterr().err
