@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "megatron-core", "triton", "numpy", "liger-kernel", "quack-kernels",
-            "transformer-engine", "flash-attn")
+            "transformer-engine", "flash-attn", "trl")
 
 
 @dataclasses.dataclass

@@ -26,6 +26,17 @@ def test_the_bars_that_readme_claims_are_met():
         assert engine["start-up s"] + engine["first step s"] <= 15
 
 
+def test_the_table_of_stages_is_the_committed_result_and_its_bars_are_met():
+    result = json.loads((readme.RESULTS / "cpu_post.json").read_text())
+    assert readme.table(result, "post") in README.read_text()
+    rows = {row["name"]: row["values"] for row in result["suites"]["post"]}
+    for precision in ("fp32", "bf16"):
+        for task, ratio in (("sft", "x trl"), ("dpo", "x trl"), ("dpo", "x trl with reference")):
+            engine, trl = rows[f"{task} {precision} engine"], rows[f"{task} {precision} trl"]
+            assert engine[ratio] >= 2
+            assert engine["memory GB"] <= trl["memory GB"]
+
+
 def test_the_demo_line_is_the_committed_report():
     report = json.loads((readme.RESULTS / "cpu_demo_report.json").read_text())
     assert report["verdict"] in README.read_text()
