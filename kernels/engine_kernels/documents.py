@@ -10,7 +10,6 @@ stood there (one prompt with several answers). prefixes.py puts such keys there,
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,15 @@ import torch
 from torch import Tensor
 
 Range = tuple[int, int]
+
+
+def _which(boundaries: Sequence[int], position: int) -> int:
+    """The document that a position is in. By hand: torch.compile does not trace the standard library's."""
+    low, high = 0, len(boundaries) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if boundaries[middle] <= position else (low, middle)
+    return low
 
 
 class Segment(NamedTuple):
@@ -92,7 +100,7 @@ class Documents:
         for row, (boundaries, chunks) in enumerate(zip(self.boundaries_b, self.chunks_b, strict=True)):
             at, parts = 0, [0] * len(boundaries)
             for first, end in chunks:
-                for which in range(bisect.bisect_right(boundaries, first) - 1, bisect.bisect_left(boundaries, end)):
+                for which in range(_which(boundaries, first), _which(boundaries, end - 1) + 1):
                     begin, stop = boundaries[which], min(boundaries[which + 1], end)
                     query = max(begin, first)
                     key = begin if window is None else max(begin, query - window + 1)
@@ -103,7 +111,7 @@ class Documents:
     @property
     def parts(self) -> int:
         """Segments of a document, at most: so many of a row's queries may see the same key apart from each other."""
-        return self.keep("parts", lambda: 1 + max((one.part for one in self.segments(None)), default=0))
+        return self.keep("parts", lambda: 1 + max([0, *(one.part for one in self.segments(None))]))
 
     def table(self, window: int | None) -> Tensor:
         """The segments for the C++ kernel, int64 [n, 6], the costliest first; keys of each part have gradients of
@@ -158,7 +166,7 @@ def _checked(prefixes_b: Sequence[Sequence[Range | None]] | None, boundaries_b: 
         for which, prefix in enumerate(row):
             if prefix is None:
                 continue
-            source = bisect.bisect_right(boundaries, prefix[0]) - 1
+            source = _which(boundaries, prefix[0])
             whole = 0 <= source < which and prefix[0] == boundaries[source] < prefix[1] <= boundaries[source + 1]
             if not whole or row[source] is not None:
                 raise ValueError(f"documents: prefix {prefix} of document {which} in {boundaries} is not the beginning "
