@@ -44,7 +44,7 @@ pipeline: $(VENV)/.installed-post
 # Two workers with one thread each; parallel tests are 2 processes over gloo. A GPU is hidden: these tests prove values
 # on CPUs, and two workers would share it.
 test: $(VENV)/.installed-dev lint
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

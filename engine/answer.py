@@ -54,7 +54,7 @@ def opened(options: AnswerConfig) -> Iterator[Callable[[Messages], Answer]]:
         raise UserError("goes over a Hugging Face directory, and this is none", where=f"adapter: {options.model}",
                         fix="Give the run of the lora stage itself as --model")
     from engine.checkpoint import restore
-    from engine.origin import load_base
+    from engine.stages.origin import load_base
 
     plan = restore.plan(options.model, device=options.device, precision=options.precision)
     with restore.load(plan, load_base=load_base) as restored:

@@ -22,9 +22,9 @@ from engine.runtime import command
 
 if TYPE_CHECKING:
     from engine.config import Config
-    from engine.origin import Origin
     from engine.parallel.topology import Groups
-    from engine.stages import Data, Start
+    from engine.stages.origin import Origin
+    from engine.stages.run import Data, Start
     from engine.train.state import TrainState
 
 # What of the section model decides what weights mean, beside the shapes of these, which loading them checks.
@@ -44,17 +44,17 @@ def run(cfg: Config) -> TrainState:
     """Trains from ``init_from``'s weights, or resumes; on every rank. Returns how far it came. Raises ``UserError``."""
     # Before any of these imports could start CUDA.
     launch.set_gpu_environment(tensor=cfg.parallel.tensor, context=cfg.parallel.context, device=cfg.device)
-    from engine import origin as origins
-    from engine import stages
     from engine.data.examples import build
     from engine.model.preference import Preference
+    from engine.stages import origin as origins
+    from engine.stages.run import run as run_stage
 
     cfg, origin = origins.settle(cfg)
     tokenizer = build.tokenizer_folder(cfg, None if origin is None else origin.tokenizer)
     teacher = origin if cfg.dpo.reference is None else origins.find(cfg.dpo.reference)
     if teacher is not None and teacher != origin:
         _check_reference(cfg, origin, teacher, tokenizer)
-    return stages.run(cfg, tokenizer=tokenizer, data=lambda cfg, groups: pairs(cfg, groups, tokenizer), origin=origin,
+    return run_stage(cfg, tokenizer=tokenizer, data=lambda cfg, groups: pairs(cfg, groups, tokenizer), origin=origin,
                       objective=Preference(cfg.dpo), before=lambda start: _score(start, origin, teacher))
 
 
@@ -63,7 +63,7 @@ def pairs(cfg: Config, groups: Groups, tokenizer: Path) -> Data:
     from engine.data.examples import build
     from engine.data.examples.audit import audit
     from engine.sft import described
-    from engine.stages import Data, with_epochs
+    from engine.stages.run import Data, with_epochs
 
     place: dict[str, Any] = {"pairs": True, "dp_rank": groups.data_parallel_rank, "dp_size": groups.data_parallel_size}
     train = build.build(cfg, tokenizer, "train", **place)

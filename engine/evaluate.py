@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     options = parse(EvaluateConfig, argv, prog="mainspring evaluate")
 
     from engine.checkpoint import restore
-    from engine.origin import load_base
+    from engine.stages.origin import load_base
 
     plan = restore.plan(options.checkpoint, device=options.device, precision=options.precision,
                         seq_length=options.seq_length, parallel=options.parallel)

@@ -58,7 +58,7 @@ def planned(options: ExportConfig) -> tuple[Plan, str]:
 def _load_base(options: ExportConfig, plan: Plan) -> Any:
     """How the base of a checkpoint of adapters is loaded. Raises ``UserError`` when nobody said what to do with them.
     """
-    from engine.origin import load_base
+    from engine.stages.origin import load_base
 
     if options.merge and plan.cfg.lora is None:
         raise UserError("is a whole model: there are no adapters to merge", where=str(plan.path),

@@ -24,8 +24,8 @@ def main(argv: list[str]) -> int:
     options = parse(GenerateConfig, argv, prog="mainspring generate")
 
     from engine.checkpoint import restore
-    from engine.origin import load_base
     from engine.parallel import topology
+    from engine.stages.origin import load_base
 
     plan = restore.plan(options.checkpoint, device=options.device, precision=options.precision,
                         parallel=options.parallel)

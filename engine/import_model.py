@@ -56,11 +56,11 @@ def configuration(options: ImportConfig) -> Config:
 
 def adapters_configuration(options: ImportConfig) -> Config:
     """As a run of the stage lora would have it. Raises ``UserError``."""
-    from engine import origin
     from engine.checkpoint import restore
     from engine.config import Config, ParallelConfig
     from engine.errors import UserError
     from engine.export import peft
+    from engine.stages import origin
 
     if options.base is None:
         raise UserError("holds adapters, which are no model without their base", where=str(options.source),
@@ -77,13 +77,13 @@ def adapters_configuration(options: ImportConfig) -> Config:
 
 def adapters(cfg: Config, groups: Any, options: ImportConfig) -> Path:
     """Reads adapters and saves them, naming their base. -> the checkpoint. Collective."""
-    from engine import origin
     from engine.checkpoint.adapters import Base
     from engine.checkpoint.manager import Checkpointer
     from engine.config import ParallelConfig, vocabulary
     from engine.data.tokenizer import load_tokenizer
     from engine.export import peft
     from engine.model import build
+    from engine.stages import origin
     from engine.train.state import TrainState
 
     base = origin.find(str(cfg.init_from))

@@ -34,9 +34,9 @@ def run(cfg: Config) -> TrainState:
     """Trains from ``init_from``'s weights, or resumes; on every rank. Returns how far it came. Raises ``UserError``."""
     # Before any of these imports could start CUDA.
     launch.set_gpu_environment(tensor=cfg.parallel.tensor, context=cfg.parallel.context, device=cfg.device)
-    from engine import origin, stages
+    from engine.stages import origin, tokens
 
-    return stages.on_tokens(*origin.settle(cfg))
+    return tokens.on_tokens(*origin.settle(cfg))
 
 
 if __name__ == "__main__":

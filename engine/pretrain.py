@@ -30,9 +30,9 @@ def run(cfg: Config) -> TrainState:
     """Trains a model from scratch, or resumes; on every rank. Returns how far it came. Raises ``UserError``."""
     # Before any of these imports could start CUDA.
     launch.set_gpu_environment(tensor=cfg.parallel.tensor, context=cfg.parallel.context, device=cfg.device)
-    from engine import stages
+    from engine.stages import tokens
 
-    return stages.on_tokens(cfg)
+    return tokens.on_tokens(cfg)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     from engine.data.prepared import open_split
     from engine.evaluation.ngram import ngram_cross_entropy
     from engine.evaluation.plot import plot_loss
-    from engine.origin import load_base
+    from engine.stages.origin import load_base
     from engine.train.run import data_folders
 
     plan = restore.plan(options.run, device=options.device)

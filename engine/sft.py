@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from engine.config import Config
     from engine.data.examples.loader import ExampleLoader
     from engine.parallel.topology import Groups
-    from engine.stages import Data
+    from engine.stages.run import Data
     from engine.train.state import TrainState
 
 
@@ -39,13 +39,14 @@ def run(cfg: Config) -> TrainState:
     """
     # Before any of these imports could start CUDA.
     launch.set_gpu_environment(tensor=cfg.parallel.tensor, context=cfg.parallel.context, device=cfg.device)
-    from engine import origin, stages
     from engine.data.examples import build
     from engine.model.answers import ANSWERS
+    from engine.stages import origin
+    from engine.stages.run import run as run_stage
 
     cfg, start = origin.settle(cfg)
     tokenizer = build.tokenizer_folder(cfg, None if start is None else start.tokenizer)
-    return stages.run(cfg, tokenizer=tokenizer, data=lambda cfg, groups: examples(cfg, groups, tokenizer),
+    return run_stage(cfg, tokenizer=tokenizer, data=lambda cfg, groups: examples(cfg, groups, tokenizer),
                       origin=start, objective=ANSWERS)
 
 
@@ -53,7 +54,7 @@ def examples(cfg: Config, groups: Groups, tokenizer: Path) -> Data:
     """Loaders of supervised examples for training and validation, their masks audited."""
     from engine.data.examples import build
     from engine.data.examples.audit import audit
-    from engine.stages import Data, with_epochs
+    from engine.stages.run import Data, with_epochs
 
     place: dict[str, Any] = {"dp_rank": groups.data_parallel_rank, "dp_size": groups.data_parallel_size}
     train = build.build(cfg, tokenizer, "train", **place)

@@ -40,7 +40,7 @@ def verify(cfg: Config, *, shrink: bool = False, ranks: int | None = None, toler
     from engine.verification import jobs, report
 
     if cfg.awaits_model():  # of a stage that takes it from where it starts: not the defaults of the section model
-        from engine import origin
+        from engine.stages import origin
 
         cfg, _ = origin.settle(cfg)
     settled, count = jobs.fit(cfg, precision=precision, shrink=shrink, ranks=ranks)

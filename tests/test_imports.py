@@ -21,7 +21,6 @@ LEVELS = [
     {"model"},
     {"train", "checkpoint", "evaluation"},
     {"verification", "export"},
-    {"origin"},
     {"stages", "pipeline_steps"},
     {*STAGES, *COMMANDS, "runtime", "cli", "__init__"},
 ]

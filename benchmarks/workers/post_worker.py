@@ -13,12 +13,12 @@ def build(config: dict) -> tuple[Step, dict]:
     import torch
 
     torch.set_num_threads(config["threads"])
-    from engine import origin
     from engine.config import Config
     from engine.data.examples import build as examples
     from engine.model import build as model_build
     from engine.model.answers import ANSWERS
     from engine.parallel import topology, wrap
+    from engine.stages import origin
     from engine.train import optimizer as optim
     from engine.train import step as train_step
     from engine.train.state import TrainState

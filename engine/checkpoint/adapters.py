@@ -15,7 +15,7 @@ _SAME = ("rank", "alpha", "rslora", "target_modules", "base", "double_quant")
 
 @dataclass(frozen=True)
 class Base:
-    """``path``: a checkpoint or a Hugging Face directory. ``sha256``: ``engine.origin.Origin.fingerprint``."""
+    """``path``: a checkpoint or a Hugging Face directory. ``sha256``: ``engine.stages.origin.Origin.fingerprint``."""
 
     path: Path
     sha256: str

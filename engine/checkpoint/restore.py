@@ -93,7 +93,7 @@ def check_layout(cfg: Config, seq_length: int | None = None) -> None:
     cfg.data_parallel_size(launch.world_size(), training=False)
 
 
-LoadBase = Callable[[Path, str, list[Any], Config, Groups], None]  # engine.origin.load_base
+LoadBase = Callable[[Path, str, list[Any], Config, Groups], None]  # engine.stages.origin.load_base
 
 
 def load(plan: Plan, *, verify: bool = True, load_base: LoadBase | None = None) -> Restored:

@@ -12,12 +12,12 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import origin
 from engine.checkpoint import restore
 from engine.errors import UserError
 from engine.export import peft as adapters
 from engine.model import build, lora, lora_merge, lora_report, whole
 from engine.parallel import topology
+from engine.stages import origin
 
 MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 40}
 THEIRS = {"num_local_experts": 4, "num_experts_per_tok": 2}

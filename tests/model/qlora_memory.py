@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import sys
 from pathlib import Path
@@ -25,6 +27,8 @@ def main(folder: Path) -> None:
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         cfg = qlora_runs.qlora(tiny.from_json(case["config"]), **case["lora"])
         tiny.forget_layout()
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what the first case freed would serve the second uncounted
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = resident("VmRSS")
         chunks = qlora_runs.loaded(cfg, Path(case["checkpoint"]))

@@ -12,11 +12,12 @@ import tiny
 import torch
 
 from engine import lora as driver
-from engine import origin, pretrain
+from engine import pretrain
 from engine.checkpoint import layout, restore, sharded
 from engine.config import Config
 from engine.errors import UserError
 from engine.model import lora, lora_merge, lora_report, whole
+from engine.stages import origin
 
 STEPS = 6
 

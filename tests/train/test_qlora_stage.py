@@ -10,10 +10,11 @@ import tiny
 import torch
 from qlora_runs import WIDTHS
 
-from engine import dpo, lora, midtrain, origin, pretrain, sft
+from engine import dpo, lora, midtrain, pretrain, sft
 from engine.checkpoint import restore
 from engine.config import Config
 from engine.errors import UserError
+from engine.stages import origin
 
 STEPS = 4
 NF4 = {"lora__base": "nf4", "lora__double_quant": True}

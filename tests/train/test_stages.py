@@ -9,10 +9,11 @@ import pytest
 import tiny
 import torch
 
-from engine import midtrain, origin, pretrain
+from engine import midtrain, pretrain
 from engine.checkpoint import layout, restore
 from engine.config import Config, load_yaml
 from engine.errors import UserError
+from engine.stages import origin
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_midtraining_under_a_layout_is_that_of_one_rank(corpus, tmp_path, name):
 
 
 def test_steps_from_epochs():
-    from engine.stages import with_epochs
+    from engine.stages.run import with_epochs
 
     def steps(epochs: float, rows: int, **train: object) -> int:
         cfg = Config().with_values({"examples.epochs": epochs, "train.global_batch_size": 8} | {

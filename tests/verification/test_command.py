@@ -15,9 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine import origin, verify_layout
+from engine import verify_layout
 from engine.config import Config, load_config
 from engine.errors import UserError
+from engine.stages import origin
 from engine.verification import jobs
 
 ROOT = Path(__file__).resolve().parents[2]

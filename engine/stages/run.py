@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine import launch
 from engine.checkpoint.adapters import Base
 from engine.checkpoint.manager import Checkpointer, agree
 from engine.config import Config, vocabulary
@@ -21,9 +20,9 @@ from engine.errors import UserError
 from engine.evaluation.perplexity import evaluate
 from engine.model import build, lora_report
 from engine.model.objective import NEXT_TOKEN, Objective
-from engine.origin import Origin
 from engine.parallel import topology, wrap
 from engine.parallel.topology import Groups
+from engine.stages.origin import Origin
 from engine.train import loop, optimizer
 from engine.train.run import logger_for, report_first_step, report_start
 from engine.train.state import TrainState
@@ -98,8 +97,8 @@ def run(
 ) -> TrainState:
     """Trains, or resumes, on every rank. Returns how far it came. Raises ``UserError``.
 
-    ``cfg``: settled (``engine.origin.settle``). ``data`` is called once the groups are there. ``before``: what must be
-    known of the initial weights (a reference's log-probabilities); called on every start, resumed ones too.
+    ``cfg``: settled (``origin.settle``). ``data`` is called once the groups are there. ``before``: what must be known
+    of the initial weights (a reference's log-probabilities); called on every start, resumed ones too.
     """
     known = load_tokenizer(tokenizer)
     vocab_size = vocabulary(cfg.model, known.vocab_size)
@@ -161,33 +160,3 @@ def _check_rows(cfg: Config, train: Any, state: TrainState, resumed: Path | None
                         "changed since", where=str(resumed), fix="Set them as they were, or start a new run from it "
                         "with --init_from and another --output_dir")
     state.rows_sha256 = rows_sha256
-
-
-def on_tokens(cfg: Config, origin: Origin | None = None) -> TrainState:
-    """Pretraining and mid-training: a stage on prepared directories. On every rank. Raises ``UserError``."""
-    from engine.data import loader
-    from engine.train.run import check_tokenizer, tokenizer_folder
-
-    folder = tokenizer_folder(cfg)
-    check_tokenizer(cfg, folder, load_tokenizer(folder).sha256)
-    if origin is not None:
-        same_tokenizer(folder, origin)
-
-    def data(cfg: Config, groups: Groups) -> Data:
-        place = {"dp_rank": groups.data_parallel_rank, "dp_size": groups.data_parallel_size}
-        train = loader.build(cfg, "train", **place)
-        return Data(train, loader.build(cfg, "validation", **place))
-
-    return run(cfg, tokenizer=folder, data=data, origin=origin)
-
-
-def same_tokenizer(folder: Path, origin: Origin) -> None:
-    """Refuses data whose tokens another tokenizer made than the initial model's. Raises ``UserError``."""
-    if load_tokenizer(folder).sha256 != load_tokenizer(origin.tokenizer).sha256:
-        raise UserError(f"holds another tokenizer than that of {origin.path}, whose weights the run starts from",
-                        where=str(folder.parent), fix=f"Prepare the data with --tokenizer {origin.tokenizer}")
-
-
-def set_environment(cfg: Config) -> None:
-    """What CUDA reads of the environment when it starts: first thing in a driver."""
-    launch.set_gpu_environment(tensor=cfg.parallel.tensor, context=cfg.parallel.context, device=cfg.device)
