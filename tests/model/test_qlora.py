@@ -294,10 +294,10 @@ def test_a_hugging_face_directory_is_quantised_weight_by_weight(config, trained,
 
 
 def test_full_weights_never_lie_in_memory_together(config, corpus, tmp_path: Path):
-    """Of 24 layers' weights (4 MB each) the codes and, for a moment, a few copies of one."""
+    """Of 32 layers' weights (4 MB each) the codes and, for a moment, a few copies of one."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's count of a process's peak memory")
-    cfg = config(**COMMON | {"model__num_layers": 24, "model__hidden_size": 256, "model__ffn_hidden_size": 1024})
+    cfg = config(**COMMON | {"model__num_layers": 32, "model__hidden_size": 256, "model__ffn_hidden_size": 1024})
     run = tiny.start(cfg)
     full = sum(4 * p.numel() for name, p in run.chunks[0].named_parameters() if p.dim() == 2 and "layers" in name)
     checkpoint = str(run.save())
