@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from benchmarks.workers.protocol import Step, serve
 
@@ -21,10 +22,7 @@ def start(config: dict) -> tuple[Step, list]:
     torch.set_num_threads(config["threads"])
     from engine.config import Config
     from engine.model import build as model_build
-    from engine.parallel import topology, wrap
-    from engine.train import optimizer as optim
-    from engine.train import step as train_step
-    from engine.train.state import TrainState
+    from engine.parallel import topology
 
     cfg = Config.model_validate(engine_config(config))
     groups = topology.build(cfg)
@@ -33,14 +31,25 @@ def start(config: dict) -> tuple[Step, list]:
     chunks = model_build.model(cfg, groups, config["shape"]["vocab_size"])
     if config["load_weights"]:
         load_llama_weights(chunks[0], config["load_weights"])
-    wrapped: list[torch.nn.Module] = [*wrap.apply(chunks, cfg, groups)]
+    return training(cfg, chunks, groups, ArrayLoader(config["tokens"]))
+
+
+def training(cfg: Any, chunks: list, groups: Any, data: Any, objective: Any = None) -> tuple[Step, list]:
+    """The step of a stage on the bare chunks, and the wrapped model. ``objective`` None: next tokens."""
+    from engine.model.objective import NEXT_TOKEN
+    from engine.parallel import wrap
+    from engine.train import optimizer as optim
+    from engine.train import step as train_step
+    from engine.train.state import TrainState
+
+    wrapped: list = [*wrap.apply(chunks, cfg, groups)]
     optimizer = optim.build(wrapped, cfg, groups)
     train_step.prepare(wrapped, cfg, groups)
-    data, state = ArrayLoader(config["tokens"]), TrainState()
+    state = TrainState()
 
     def step(index: int) -> float:
         assert index == state.step
-        return train_step.run(cfg, wrapped, optimizer, data, groups, state).sums.loss
+        return train_step.run(cfg, wrapped, optimizer, data, groups, state, objective or NEXT_TOKEN).sums.loss
 
     return step, wrapped
 

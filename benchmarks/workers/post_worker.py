@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from benchmarks.workers.engine_worker import training
 from benchmarks.workers.protocol import Step, serve
 
 
@@ -17,11 +18,8 @@ def build(config: dict) -> tuple[Step, dict]:
     from engine.data.examples import build as examples
     from engine.model import build as model_build
     from engine.model.answers import ANSWERS
-    from engine.parallel import topology, wrap
+    from engine.parallel import topology
     from engine.stages import origin
-    from engine.train import optimizer as optim
-    from engine.train import step as train_step
-    from engine.train.state import TrainState
 
     cfg, found = origin.settle(Config.model_validate(engine_config(config)))
     assert found is not None
@@ -35,14 +33,7 @@ def build(config: dict) -> tuple[Step, dict]:
     if pairs:
         objective, seconds = _reference(cfg, chunks, data, groups)
         facts["reference_seconds_per_example"] = seconds / data.num_examples
-    wrapped: list[torch.nn.Module] = [*wrap.apply(chunks, cfg, groups)]
-    optimizer = optim.build(wrapped, cfg, groups)
-    train_step.prepare(wrapped, cfg, groups)
-    state = TrainState()
-
-    def step(_index: int) -> float:
-        return train_step.run(cfg, wrapped, optimizer, data, groups, state, objective).sums.loss
-
+    step, wrapped = training(cfg, chunks, groups, data, objective)
     rows, per_epoch = cfg.train.global_batch_size, data.rows_per_epoch
     return step, facts | {
         "parameters": sum(p.numel() for chunk in wrapped for p in chunk.parameters()), "fill": data.fill,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.workers.engine_worker import ArrayLoader, engine_config, initialise_in_place
+from benchmarks.workers.engine_worker import ArrayLoader, engine_config, initialise_in_place, training
 from benchmarks.workers.protocol import Step, serve
 
 
@@ -15,10 +15,7 @@ def build(config: dict) -> tuple[Step, dict]:
     torch.set_num_threads(config["threads"])
     from engine.config import Config
     from engine.model import build as model_build
-    from engine.parallel import topology, wrap
-    from engine.train import optimizer as optim
-    from engine.train import step as train_step
-    from engine.train.state import TrainState
+    from engine.parallel import topology
 
     kind = config["kind"]
     cfg = Config.model_validate(engine_config(config) | _stage(kind, config))
@@ -30,14 +27,7 @@ def build(config: dict) -> tuple[Step, dict]:
         _fill_quantised(chunks)
     data: Any = ArrayLoader(config["tokens"]) if kind == "pretrain" else _examples(config, cfg, pairs=kind == "dpo")
     objective = _objective(kind, cfg, data)
-    wrapped: list[torch.nn.Module] = [*wrap.apply(chunks, cfg, groups)]
-    optimizer = optim.build(wrapped, cfg, groups)
-    train_step.prepare(wrapped, cfg, groups)
-    state = TrainState()
-
-    def step(_index: int) -> float:
-        return train_step.run(cfg, wrapped, optimizer, data, groups, state, objective).sums.loss
-
+    step, wrapped = training(cfg, chunks, groups, data, objective)
     trained = sum(p.numel() for chunk in wrapped for p in chunk.parameters() if p.requires_grad)
     return step, {"parameters": trained, "fill": getattr(data, "fill", 1.0)}
 

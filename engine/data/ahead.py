@@ -8,6 +8,7 @@ the number of reader threads.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Step:
         return Step(end, self.global_batch_size, self.micro_batch_size, self.seq_length)
 
 
-class StepReader:
+class StepReader(ABC):
     """What loaders share. They give ``_reader``: a function of (positions [b], row length) that makes a ``Batch``."""
 
     def __init__(self, *, seq_length: int, dp_rank: int, dp_size: int, num_workers: int):
@@ -47,8 +48,8 @@ class StepReader:
         self._ahead: tuple[Step, list[Future]] | None = None
         self._closed = False
 
-    def _reader(self) -> Callable[[np.ndarray, int], Batch]:
-        raise NotImplementedError
+    @abstractmethod
+    def _reader(self) -> Callable[[np.ndarray, int], Batch]: ...
 
     def micro_batches(
         self, position_tokens: int, *, global_batch_size: int, micro_batch_size: int, seq_length: int
