@@ -7,9 +7,13 @@ DEMO   ?= demo
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install -qq --disable-pip-version-check
 STDLIB  = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
-SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hpp)
+SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hpp csrc/*/*.inc)
 
-.PHONY: demo pipeline test lint layouts bench clean
+# What reads bytes that others wrote, under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
+CHECKED   = build/sanitized
+SANITIZED = tests/data/test_indexed.py tests/data/test_samples.py tests/data/test_blend.py tests/data/test_packing.py
+
+.PHONY: demo pipeline test sanitize lint layouts bench clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -c "import sys; sys.exit('error: Python 3.11 or newer is needed, this is %d.%d: set PYTHON=' % sys.version_info[:2] if sys.version_info < (3, 11) else 0)"
@@ -45,6 +49,15 @@ pipeline: $(VENV)/.installed-post
 # on CPUs, and two workers would share it.
 test: $(VENV)/.installed-dev lint
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(MAKE) sanitize
+
+# A copy of the package beside extensions that were built with the sanitizers; Python itself was not, hence the preload.
+sanitize: $(VENV)/.installed-dev
+	rm -rf $(CHECKED) && mkdir -p $(CHECKED) && cp -r engine $(CHECKED)/ && find $(CHECKED) -name '*.so' -delete
+	MAINSPRING_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib $(CHECKED) --build-temp $(CHECKED)/objects
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 PYTHONPATH=$(CHECKED):kernels MAINSPRING_SANITIZED=$(CHECKED) \
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -p no:cacheprovider $(SANITIZED)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

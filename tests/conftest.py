@@ -17,6 +17,17 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 
+def pytest_configure() -> None:
+    """`make sanitize` means the extensions that it built, and no others."""
+    if folder := os.environ.get("MAINSPRING_SANITIZED"):
+        from engine import _dedup, _index, _text, _tokenize
+
+        for module in (_dedup, _index, _text, _tokenize):
+            file = Path(str(module.__file__)).resolve()
+            assert file.is_relative_to(Path(folder).resolve()), f"{file} is not the one under the sanitizers"
+            assert b"__asan_init" in file.read_bytes(), f"{file} was built without the sanitizers"
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared directory of 300 tokens' vocabulary."""

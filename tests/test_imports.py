@@ -15,7 +15,7 @@ STAGES = {"pretrain", "midtrain", "sft", "dpo", "lora"}
 COMMANDS = {"evaluate", "generate", "report", "verify_layout", "import_model", "export_model", "pipeline",
             "answer"}
 LEVELS = [
-    {"errors", "disk", "_index", "engine_kernels"},
+    {"errors", "disk", "_index", "_tokenize", "_text", "_dedup", "engine_kernels"},
     {"config", "launch"},
     {"data", "losses", "parallel"},
     {"model"},
