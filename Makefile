@@ -20,15 +20,19 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Torch first and by itself: its version range decides which build pip takes.
-$(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
+$(VENV)/.torch: $(VENV)/bin/python
 	@command -v c++ >/dev/null || { echo "error: no C++ compiler found. Install one (Debian: apt-get install g++)" >&2; exit 2; }
 	$(PIP) 'torch>=2.11,<2.14'
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+# Not after .installed: the extensions would be built twice.
+$(VENV)/.installed-dev: $(VENV)/.torch $(SOURCES)
 	$(PIP) --editable '.[dev]'
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 # What the stages after pretraining and the exports read and write besides.
 $(VENV)/.installed-post: $(VENV)/.installed

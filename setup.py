@@ -4,8 +4,10 @@ import os
 import sys
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
+
+ParallelCompile("MAINSPRING_BUILD_JOBS", default=0).install()  # 0: as many files at once as there are cores
 
 LINUX = sys.platform.startswith("linux")
 

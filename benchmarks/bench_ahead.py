@@ -12,6 +12,8 @@ bytes and FLOPs of each op.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.metadata
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -19,7 +21,7 @@ from pathlib import Path
 
 from benchmarks import ahead, hardware
 from benchmarks.cases import Case, cases_that_import
-from benchmarks.harness import Row
+from benchmarks.harness import ROOT, Row
 
 COMMAND = "python benchmarks/run.py ahead --docs docs/kernels.md"
 
@@ -58,6 +60,15 @@ def _row(kernel: ahead.Kernel) -> Row:
                       "16-byte %": 100 * needs.wide, "matrix": needs.matrix or None}, failed=needs.obstacle)
 
 
+def fingerprint() -> str:
+    """Of all that decides what is compiled: the kernels, the cases, how they are compiled, and Triton's version."""
+    digest = hashlib.sha256(importlib.metadata.version("triton").encode())
+    for path in sorted([*ROOT.glob("kernels/engine_kernels/*.py"), *ROOT.glob("benchmarks/cases/*.py"),
+                        ROOT / "benchmarks/ahead.py"]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 def page(files: Mapping[str, Sequence[Case]], kernels: Mapping[int, Sequence[ahead.Kernel]]) -> str:
@@ -70,7 +81,7 @@ def work(files: Mapping[str, Sequence[Case]]) -> str:
     peaks = hardware.H200
     lines = [
         "# Kernels", "",
-        f"Written by `{COMMAND}`; a test holds it to the code.", "",
+        f"Written by `{COMMAND}` from sources {fingerprint()}; a test holds it to the code.", "",
         "## What each op must move and compute", "",
         "Bytes are those that no implementation avoids: each input read once, each output written once. The floor is "
         "the longer of moving the bytes and doing the FLOPs on an H200 by its data sheet "

@@ -40,7 +40,6 @@ LAYOUTS: dict[str, dict[str, tuple[int, dict]]] = {  # family -> layout -> ranks
     },
     "bf16": {
         "one": (1, {}),
-        "one_distributed": (1, DIST),
         "dp2": (2, {}),
         "tp2_distributed": (2, T2 | DIST),
         "cp2_distributed": (2, {"context": 2} | DIST),
@@ -57,8 +56,6 @@ LAYOUTS: dict[str, dict[str, tuple[int, dict]]] = {  # family -> layout -> ranks
         "one": (1, {}),
         "ep2": (2, EP),
         "tp2": (2, T2 | SP),
-        "pp2": (2, P2),
-        "dp2_distributed": (2, DIST),
         "ep2_tp2": (4, EP | T2 | SP),
         "ep2_pp2_distributed": (4, EP | P2 | DIST),
         "ep2_dp4_distributed": (4, EP | DIST),

@@ -149,8 +149,7 @@ def test_waits_for_parameters_that_ddp_gathers(config):
     assert losses == [plain.step().sums.loss for _ in range(2)]
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "overlap"), [("fp32", False), ("bf16", True)])
 def test_sums_of_micro_batches(config, precision, overlap):
     """Gradients of two steps of four micro-batches, which Triton's kernels add to main_grad, as the loop's."""
     found = {}
