@@ -103,5 +103,5 @@ def _row(name: str, module: ModuleType, size: int, side: str, own: list[dict], e
         values["engine is x"] = median_ratio([one["seconds"] for one in own], [one["seconds"] for one in engine])
         values["bar"] = module.BAR if side == list(module.SIDES)[1] else None
         failed = module.compare(engine[-1]["found"], found)
-    return Row(title, values | {key: value for key, value in found.get("columns", {}).items()},
+    return Row(title, values | found.get("columns", {}),
                compare="seconds", higher_is_better=False, failed=failed)

@@ -1,1 +1,1 @@
-"""The data jobs, each a module with ``UNIT``, ``SIZE``, ``BAR``, ``make``, ``SIDES`` and ``compare``: see bench_data.py."""
+"""The data jobs: a module each with ``UNIT``, ``SIZE``, ``BAR``, ``make``, ``SIDES``, ``compare``; see bench_data.py."""

@@ -23,7 +23,7 @@ _INTERVAL = 0.02  # seconds between two looks at the memory
 
 
 def resident_bytes() -> int:
-    """Private memory of this process and all below it: pages of mapped files do not count, both sides map their data."""
+    """Private memory of this process and all below it: no pages of mapped files, since every side maps its data."""
     process, total = psutil.Process(), 0
     for each in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
@@ -57,7 +57,7 @@ class PeakMemory:
 
 
 def measure(job: str, side: str, folder: Path, size: int) -> dict[str, Any]:
-    """Runs the side once. The memory of a compiled builder is sampled too: all of them release the GIL, or are short."""
+    """Runs the side once; see the top of the file."""
     module = importlib.import_module(f"benchmarks.data.{job}")
     work: Callable[[], dict] = module.SIDES[side](folder, size)
     with PeakMemory() as memory:
