@@ -30,7 +30,8 @@ def curves(result: dict) -> dict[str, dict[str, list[tuple[int, float, float]]]]
 def draw(result: dict, output: Path) -> None:
     """One panel a job, both axes logarithmic."""
     found = curves(result)
-    matplotlib.rcParams.update({"svg.hashsalt": "mainspring", "svg.fonttype": "none"})  # the same file for the same figures
+    # The same file for the same figures, and text in it as text.
+    matplotlib.rcParams.update({"svg.hashsalt": "mainspring", "svg.fonttype": "none"})
     figure, axes = pyplot.subplots(2, len(found), figsize=(3.4 * len(found), 5.6), squeeze=False, sharex="col")
     for column, (job, sides) in enumerate(found.items()):
         for number, (side, points) in enumerate(sides.items()):

@@ -22,17 +22,19 @@ struct Unaligned {
 
 struct Layout {
     int dtype_code;
-    int64_t sequences, document_indices, tokens;
+    int64_t sequences, document_indices;
     int64_t sizes_at, pointers_at, documents_at;  // byte offsets in the file
 };
 
 // Bytes of one token of Megatron's integer dtype codes (1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16), else 0.
 int item_size(int dtype_code);
 
-// Reads and checks every field; std::invalid_argument says what is wrong.
-Layout parse_index(const char* data, uint64_t length);
+// Checks the header against the length of the file, reading nothing else: afterwards the tables lie inside.
+// std::invalid_argument says what is wrong.
+Layout read_header(const char* data, uint64_t length);
 
-// The file for documents of one sequence each, as Megatron's IndexedDatasetBuilder writes it.
-std::string index_bytes(Unaligned<int32_t> sizes, int64_t count, int dtype_code);
+// Checks every entry of the tables and returns the number of tokens. std::invalid_argument names the first wrong entry,
+// whatever the number of threads.
+int64_t check_tables(const char* data, const Layout& layout, int threads);
 
 }  // namespace mainspring

@@ -18,7 +18,14 @@ class PrepareConfig(Section):
     input: list[Path] = option(..., "folder or file to read; repeat the flag for several", "path", min_length=1)
     output: Path = option(..., "directory to create", "path")
     overwrite: bool = option(False, "replace an existing prepared directory")
-    seed: int = option(1234, "seed of the train/validation split", ge=0)
+    seed: int = option(1234, "seed of the train/validation/test split", ge=0)
+
+    workers: int = option(0, "processes; 0 takes the available cores, or one where the input is small", ge=0)
+    unit_mb: float = option(64, "input that is one piece of work; a killed run loses no more a worker", "MB", gt=0)
+    shards: Literal["auto", "one", "many"] = option(
+        "auto", "files a split is written as: one pair, one of each unit (nothing is copied), or of shard_gb each"
+    )
+    shard_gb: float = option(16, "size of a shard where shards is auto", "GB", gt=0)
 
     exclude: list[str] = option(list, "skip files and folders whose name, or path below the input, matches", "glob")
     include_hidden: bool = option(False, "also read files and folders whose name starts with a dot")
@@ -33,6 +40,8 @@ class PrepareConfig(Section):
     skip_rule: list[str] = option(list, "quality rule to leave out (manifest.json lists them)", "rule")
 
     validation_fraction: float = option(0.02, "documents held out, chosen by content hash", "fraction", ge=0, le=0.5)
+    test_fraction: float = option(0, "documents held out a second time, never evaluated on in training", "fraction",
+                                  ge=0, le=0.5)
 
     tokenizer: Path | None = option(
         None, "use this tokenizer.json, Hugging Face directory or SentencePiece .model, train none", "path"

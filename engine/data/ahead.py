@@ -40,6 +40,11 @@ class Step:
 class StepReader(ABC):
     """What loaders share. They give ``_reader``: a function of (positions [b], row length) that makes a ``Batch``."""
 
+    @property
+    @abstractmethod
+    def order(self) -> str:
+        """The name of the order in which samples come: engine/data/order.py."""
+
     def __init__(self, *, seq_length: int, dp_rank: int, dp_size: int, num_workers: int):
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank {dp_rank} of dp_size {dp_size}")

@@ -10,15 +10,16 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
+from engine.config.cleaning import CleaningConfig, PersonalDataConfig
+from engine.config.prepare import PrepareConfig
+from engine.data.cleaning_report import EXCERPT_CHARACTERS as EXCERPT_CHARACTERS
+from engine.data.cleaning_report import CleaningReport
 from engine.errors import UserError
 
 Kind = Literal["prose", "code"]
-
-EXCERPT_CHARACTERS = 80
-SAMPLES_PER_RULE = 3
 
 _CARRIAGE_RETURN = re.compile(r"\r\n?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -133,42 +134,30 @@ def select_rules(skip: list[str]) -> tuple[Rule, ...]:
     return tuple(rule for rule in RULES if rule.name not in skip)
 
 
-@dataclass
-class CleaningReport:
-    """Counts of documents: each repair made, each rule that dropped, with a few excerpts of what went."""
-
-    repairs: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
-    samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-
-    def drop(self, rule: str, source: str, text: str) -> None:
-        self.dropped[rule] += 1
-        samples = self.samples.setdefault(rule, [])
-        if len(samples) < SAMPLES_PER_RULE:
-            samples.append({"source": source, "excerpt": text[:EXCERPT_CHARACTERS]})
-
-    def as_manifest(self, rules: tuple[Rule, ...]) -> dict:
-        return {
-            "repairs": dict(sorted(self.repairs.items())),
-            "rules": {
-                rule.name: {
-                    "description": rule.description,
-                    "documents": self.dropped[rule.name],
-                    "samples": self.samples.get(rule.name, []),
-                }
-                for rule in rules
-            },
-        }
-
-
 class Cleaner:
-    """Repairs and judges one document after the other, keeping the counts in ``report``."""
+    """Repairs and judges one document after the other, keeping the counts in ``report``.
 
-    def __init__(self, limits: Limits, rules: tuple[Rule, ...] = RULES):
-        self.limits = limits
+    ``rules`` are ``select_rules``'s; ``contamination`` is built once a process, since it holds the evaluation sets.
+    """
+
+    def __init__(
+        self,
+        config: CleaningConfig | None = None,
+        *,
+        limits: Limits | None = None,
+        rules: tuple[Rule, ...] = RULES,
+        personal_data: PersonalDataConfig | None = None,
+    ):
+        self.config = config or CleaningConfig()
+        self.limits = limits or Limits()
         self.rules = rules
         self.report = CleaningReport()
         self._rules_of = {kind: [rule for rule in rules if kind in rule.kinds] for kind in BOTH}
+
+    @classmethod
+    def of(cls, config: PrepareConfig) -> Self:
+        """The cleaner that `mainspring prepare` was asked for. UserError for a rule or evaluation set that is none."""
+        return cls(limits=Limits(config.min_characters, config.max_characters), rules=select_rules(config.skip_rule))
 
     def clean(self, text: str, kind: Kind, source: str, *, truncated: bool = False) -> str | None:
         """The document to keep, or None where a rule dropped it; ``truncated`` says that it was too long to read."""
@@ -182,3 +171,7 @@ class Cleaner:
                 return None
         self.report.repairs.update(repairs)
         return text
+
+    def as_manifest(self) -> dict[str, Any]:
+        """The ``cleaning`` entry of manifest.json for what this cleaner's report counts."""
+        return self.report.as_manifest(self.rules)

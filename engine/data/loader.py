@@ -19,6 +19,7 @@ from engine.data.ahead import Step, StepReader
 from engine.data.blend import BlendIndex
 from engine.data.evaluation import EvaluationRows
 from engine.data.index_cache import IndexCache, default_folder
+from engine.data.order import TOKENS
 from engine.data.prepared import PreparedSplit, open_split
 from engine.data.samples import SampleIndex
 from engine.data.stream import TokenStream
@@ -76,6 +77,10 @@ class Loader(StepReader):
         sources = [SampleIndex(split.dataset, self.seq_length, self._seed, cache)
                    for split, cache in zip(self._splits, self._caches, strict=True)]
         return TokenStream(sources, BlendIndex(self._weights), [split.vocab_size for split in self._splits])
+
+    @property
+    def order(self) -> str:
+        return TOKENS
 
     @property
     def num_tokens(self) -> int:

@@ -56,7 +56,7 @@ def prepare(config: PrepareConfig, *, log: Log = silent, progress: Log = silent)
         if manifests.is_prepared(config.output) and not config.overwrite:
             return _reuse(config, listing, settings, log)
         with staging.staged(config.output) as folder:
-            cleaner = Cleaner(Limits(config.min_characters, config.max_characters), rules)
+            cleaner = Cleaner(limits=Limits(config.min_characters, config.max_characters), rules=rules)
             manifest = _Job(config, folder, log, progress).run(listing, cleaner, tokenizer) | {"settings": settings}
             (folder / manifests.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             staging.publish(folder, config.output)

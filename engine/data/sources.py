@@ -1,6 +1,8 @@
 """Raw input: which files are read, and in which order.
 
-The order is that of the inputs as given, then of the path below each input, whatever the file system lists first."""
+The order is that of the inputs as given, then of the path below each input, whatever the file system lists first.
+An input is a folder, a file, a Hugging Face dataset (``hf:NAME[:CONFIG][:SPLIT]`` from the hub, ``hf:FOLDER[:SPLIT]``
+as `datasets` saved it) or a collector of the user's (``python:MODULE:CLASS``, see `engine.data.collectors`)."""
 
 from __future__ import annotations
 
@@ -14,9 +16,11 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from engine.config.prepare import PrepareConfig
+from engine.data.formats import saved
+from engine.data.formats.opening import packing_of
 from engine.errors import UserError
 
-FileKind = Literal["prose", "code", "jsonl"]
+FileKind = Literal["prose", "code", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "collector"]
 
 PROSE = frozenset([".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex"])
 CODE = frozenset([
@@ -26,13 +30,16 @@ CODE = frozenset([
     ".lisp", ".el", ".scm", ".dart", ".zig", ".nim", ".sh", ".bash", ".zsh", ".fish", ".ps1", ".sql", ".proto",
     ".cmake", ".mk", ".vue", ".svelte", ".v", ".sv", ".vhd", ".asm", ".s", ".f90", ".f95", ".f",
 ])  # fmt: skip
-JSONL = frozenset([".jsonl", ".ndjson"])
-NOT_YET = frozenset([
-    ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip", ".bz2", ".xz", ".tar", ".pdf", ".html",
-    ".htm", ".doc", ".docx",
-])  # fmt: skip
+RECORDS: dict[str, FileKind] = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+    ".arrow": "arrow", ".feather": "arrow",
+}  # fmt: skip
+NOT_READ = frozenset([".zip", ".tar", ".tgz", ".7z", ".rar", ".pdf", ".html", ".htm", ".doc", ".docx", ".epub"])
 ALWAYS_EXCLUDED = ("__pycache__", "node_modules")
-READABLE = "Read are .txt .md .rst, source code (.py .c .js …) and .jsonl."
+READABLE = (
+    "Read are .txt .md .rst, source code (.py .c .js …), .json .jsonl .csv .tsv .parquet .arrow, and .gz .zst .bz2 .xz "
+    "of these."
+)
 
 
 @dataclass(frozen=True)
@@ -61,13 +68,15 @@ def show(path: str | Path) -> str:
 
 
 def kind_of(path: Path) -> FileKind | None:
-    """By suffix; None for a file that a folder's reader passes over."""
+    """By suffix, that before .gz and the like; None for a file that a folder's reader passes over."""
+    if packing_of(path):
+        path = path.with_suffix("")
     suffix = path.suffix.lower()
     if suffix in PROSE:
         return "prose"
     if suffix in CODE or path.name in ("Makefile", "Dockerfile", "CMakeLists.txt"):
         return "code"
-    return "jsonl" if suffix in JSONL else None
+    return RECORDS.get(suffix)
 
 
 def list_files(config: PrepareConfig) -> Listing:
@@ -76,6 +85,9 @@ def list_files(config: PrepareConfig) -> Listing:
     seen: set[tuple[int, int]] = set()  # the same file through two inputs or two links is read once
     for number, root in enumerate(config.input):
         for file in _files_of(root, number, config, listing):
+            if file.kind == "collector":
+                listing.files.append(file)
+                continue
             identity = file.path.stat()
             if (identity.st_dev, identity.st_ino) not in seen:
                 seen.add((identity.st_dev, identity.st_ino))
@@ -84,26 +96,45 @@ def list_files(config: PrepareConfig) -> Listing:
 
 
 def _files_of(root: Path, number: int, config: PrepareConfig, listing: Listing) -> list[SourceFile]:
+    if str(root).startswith("python:"):
+        from engine.data import collectors
+
+        collectors.load(root)  # a name that is wrong is said before anything is read
+        return [SourceFile(root, number, str(root).removeprefix("python:"), "collector", direct=True)]
+    if str(root).startswith("hf:"):
+        return _dataset_files(str(root).removeprefix("hf:"), root, number)
     if not root.exists():
         raise UserError("no such file or folder", where=show(root), fix="Check --input.")
     if not root.is_dir():
         return [SourceFile(root, number, show(root.name), _kind_of_direct(root), direct=True)]
+    if saved.is_saved(root):
+        return _dataset_files(str(root), root, number)
     names = sorted(_walk(root, config, listing), key=os.fsencode)
+    strays = saved.strays(root, names)
     files = [
         SourceFile(root / name, number, show(name), kind, direct=False)
         for name in names
-        if (kind := kind_of(root / name)) is not None
+        if (kind := kind_of(root / name)) is not None and name not in strays
     ]
     if not files:
         _refuse_folder(root, names, listing)
     return files
 
 
+def _dataset_files(name: str, root: Path, number: int) -> list[SourceFile]:
+    paths = saved.dataset_files(name)
+    if not paths:
+        raise UserError("the dataset holds no rows", where=show(root), fix="Check --input.")
+    return [SourceFile(path, number, show(path.name), "arrow", direct=True) for path in paths]
+
+
 def _kind_of_direct(path: Path) -> FileKind:
     if not path.is_file():
         raise UserError("neither a folder nor a regular file", where=show(path), fix="Check --input.")
-    if path.suffix.lower() in NOT_YET:
-        raise UserError(f"{path.suffix} files are not read", where=show(path), fix=f"Convert it to JSONL. {READABLE}")
+    inner = path.with_suffix("") if packing_of(path) else path
+    if inner.suffix.lower() in NOT_READ:
+        suffix = inner.suffix + (path.suffix if inner != path else "")
+        raise UserError(f"{suffix} files are not read", where=show(path), fix=f"Convert it to JSONL. {READABLE}")
     return kind_of(path) or "prose"
 
 

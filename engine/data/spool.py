@@ -1,83 +1,123 @@
-"""Cleaned documents between the passes of `prepare`: text in a file; in memory a length and a split key each."""
+"""Cleaned documents of one unit between the passes of `prepare`: their text, and a record each.
+
+`text` holds the UTF-8 of the documents one after the other, `documents` a `RECORD` of each in the same order. Both are
+written as they come, so memory does not grow with a unit.
+"""
 
 from __future__ import annotations
 
-import array
 import hashlib
+import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
 
 import numpy as np
 
-# Enough text at once to keep all cores busy in the tokenizer, little enough to hold its ids in memory.
+from engine.errors import UserError
+
+# length: bytes of UTF-8. digest: see `engine.data.dedup.content_digest`. key: see `split_key`. slice: number within the
+# unit. row: of the slice's file, NO_ROW where the document is all of it.
+RECORD = np.dtype(
+    [("length", "<u8"), ("digest", "<u8", 2), ("key", "<u8"), ("slice", "<u4"), ("row", "<u8")]
+)  # fmt: skip
+NO_ROW = 2**64 - 1
+_PACK = struct.Struct("<Q16sQIQ")
+assert _PACK.size == RECORD.itemsize
+
+_FLUSH_RECORDS = 1 << 16
+# Enough text at once to keep the tokenizer's threads busy, little enough to hold its ids in memory.
 _BATCH_BYTES = 4_000_000
-_BATCH_DOCUMENTS = 2048
+_BATCH_DOCUMENTS = 1 << 14
+
+
+class SpoolWriter:
+    """Writes into ``folder``; a context manager. ``count`` documents and ``size`` bytes of text so far."""
+
+    def __init__(self, folder: Path):
+        self.count, self.size = 0, 0
+        self._records = bytearray()
+        self._text = open(folder / "text", "wb", buffering=1 << 20)  # noqa: SIM115 - closed by __exit__
+        self._file = open(folder / "documents", "wb")  # noqa: SIM115
+
+    def append(self, raw: bytes, digest: bytes, key: int, slice_number: int, row: int | None) -> None:
+        """A document of UTF-8 ``raw``, its 16-byte ``digest`` and its ``key``."""
+        self._text.write(raw)
+        self._records += _PACK.pack(len(raw), digest, key, slice_number, NO_ROW if row is None else row)
+        self.count += 1
+        self.size += len(raw)
+        if len(self._records) >= _FLUSH_RECORDS * RECORD.itemsize:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._file.write(self._records)
+        self._records.clear()
+
+    def __enter__(self) -> SpoolWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            self._file.close()
+            self._text.close()
 
 
 class Spool:
-    """UTF-8 documents one after the other in ``path``, in the order of the sources. Lengths in bytes."""
+    """What a `SpoolWriter` wrote into ``folder``. ``records`` is a read-only map of the file, [documents] RECORD.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.lengths = array.array("Q")
-        self._keys = array.array("Q")
+    Raises UserError if the file is not a whole number of records.
+    """
 
-    def append(self, stream: BinaryIO, raw: bytes, key: int) -> None:
-        stream.write(raw)
-        self.lengths.append(len(raw))
-        self._keys.append(key)
+    def __init__(self, folder: Path):
+        self.folder = folder
+        path = folder / "documents"
+        size = path.stat().st_size
+        if size % RECORD.itemsize:
+            raise UserError("damaged: cut within a record", where=str(path), fix="Remove its folder and run again.")
+        self.records: np.ndarray = np.memmap(path, RECORD, "r") if size else np.empty(0, RECORD)
 
-    @property
-    def keys(self) -> np.ndarray:
-        """[documents] uint64, see `split_key`."""
-        return np.array(self._keys, np.uint64)
+    def __len__(self) -> int:
+        return len(self.records)
 
-    def texts(self) -> Iterator[str]:
-        with open(self.path, "rb") as stream:
-            for length in self.lengths:
-                yield stream.read(length).decode()
+    def batches(self, picked: np.ndarray) -> Iterator[tuple[np.ndarray, list[bytes]]]:
+        """The documents where ``picked`` [documents] bool, in order, a few MB at a time: (their numbers, their texts).
 
-    def batches(self) -> Iterator[tuple[int, list[str]]]:
-        """(number of the first document, texts)."""
-        texts: list[str] = []
-        first, size = 0, 0
-        for number, text in enumerate(self.texts()):
-            texts.append(text)
-            size += self.lengths[number]
-            if size >= _BATCH_BYTES or len(texts) >= _BATCH_DOCUMENTS:
-                yield first, texts
-                texts, first, size = [], number + 1, 0
-        if texts:
-            yield first, texts
+        Raises UserError where the text ends before its records do.
+        """
+        numbers = np.flatnonzero(picked)
+        if not len(numbers):
+            return
+        lengths = self.records["length"].astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        with open(self.folder / "text", "rb") as stream:
+            for part in _cut(numbers, lengths[numbers]):
+                yield part, [self._text(stream, int(starts[number]), int(lengths[number])) for number in part]
+
+    def _text(self, stream, start: int, length: int) -> bytes:
+        if stream.tell() != start:
+            stream.seek(start)
+        raw = stream.read(length)
+        if len(raw) != length:
+            raise UserError("damaged: shorter than its records say", where=str(self.folder / "text"),
+                            fix="Remove its folder and run again.")  # fmt: skip
+        return raw
+
+
+def _cut(numbers: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """``numbers`` in consecutive parts of at most _BATCH_DOCUMENTS, that end where _BATCH_BYTES are passed."""
+    ends = np.cumsum(lengths)
+    first = 0
+    while first < len(numbers):
+        before = int(ends[first - 1]) if first else 0
+        last = int(np.searchsorted(ends, before + _BATCH_BYTES)) + 1
+        last = min(last, first + _BATCH_DOCUMENTS, len(numbers))
+        yield numbers[first:last]
+        first = last
 
 
 def split_key(digest: bytes, seed: int) -> int:
     """A uniform 64-bit number of a document's content and the seed alone: data added later moves no document."""
     return int.from_bytes(hashlib.sha256(str(seed).encode() + b":" + digest).digest()[:8], "big")
-
-
-def choose_validation(keys: np.ndarray, fraction: float) -> np.ndarray:
-    """[documents] bool: held out. Of two or more documents at least one is, and at least one is not.
-
-    Only where the fraction of so few documents would be none, the one with the smallest key is taken.
-    """
-    if fraction == 0 or len(keys) < 2:
-        return np.zeros(len(keys), bool)
-    held_out = keys < np.uint64(int(fraction * 2**64))
-    if not held_out.any():
-        held_out[keys.argmin()] = True
-    if held_out.all():
-        held_out[keys.argmax()] = False
-    return held_out
-
-
-def choose_sample(spool: Spool, held_out: np.ndarray, budget: float) -> np.ndarray:
-    """[documents] bool: training documents of about ``budget`` bytes, chosen by content. At least one."""
-    total = float((np.array(spool.lengths, np.float64) * ~held_out).sum())
-    share = min(1.0, budget / max(total, 1.0))
-    # The low half of the key: the high one decided the split.
-    picked = ~held_out & ((spool.keys & np.uint64(0xFFFFFFFF)) < np.uint64(int(share * 2**32)))
-    if not picked.any():
-        picked[np.flatnonzero(~held_out)[0]] = True
-    return picked

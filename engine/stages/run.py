@@ -15,6 +15,7 @@ from typing import Any
 from engine.checkpoint.adapters import Base
 from engine.checkpoint.manager import Checkpointer, agree
 from engine.config import Config, vocabulary
+from engine.data.order import BEFORE_NAMES
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 from engine.evaluation.perplexity import evaluate
@@ -123,6 +124,7 @@ def run(
         state = TrainState()
         if resumed is not None:
             state = TrainState.from_dict(checkpoints.load(resumed, chunks, update))
+        _check_order(found.train, state, resumed)
         if found.rows is not None:
             _check_rows(cfg, found.train, state, resumed)
         with logger_for(cfg, groups, state) as logger:
@@ -143,6 +145,16 @@ def run(
             if cfg.checkpoint.load_best_at_end and (best := checkpoints.end_with_best(chunks, state.to_dict())):
                 logger.message(f"ends with the best weights, of step {state.best_step}: {best}")
     return state
+
+
+def _check_order(train: Any, state: TrainState, resumed: Path | None) -> None:
+    """Notes the order of samples; refuses to go on in another, which would replay some samples and lose others."""
+    if state.consumed_tokens and (state.order or BEFORE_NAMES) != train.order:
+        raise UserError(f"was trained in another order of samples ({state.order or 'of an earlier version'}; this "
+                        f"version's is {train.order})", where=str(resumed),
+                        fix="Resume with the version that wrote it, or start a new stage from its weights with "
+                        "--init_from and another --output_dir (from a pretraining run: engine/midtrain.py)")
+    state.order = train.order
 
 
 def _check_rows(cfg: Config, train: Any, state: TrainState, resumed: Path | None) -> None:

@@ -13,7 +13,9 @@ class TrainState:
     ``skipped_steps``: updates left out by loss scaling. ``best_val_loss`` (nats a token) and ``best_step``: the best of
     the steps that were both evaluated and saved. ``micro_batch_size``: what recovery from lack of memory came down to,
     None for the configured one. ``rows_sha256``: what a position of ``consumed_tokens`` is a row of, in the stages that
-    read examples.
+    read examples. ``order``: the name of the order in which samples come (``engine.data.order``), None in checkpoints
+    from before there were names. ``blend``: what each source of tokens gave up to here and under which weights
+    (``engine.data.blend_plan``).
     """
 
     step: int = 0
@@ -24,6 +26,8 @@ class TrainState:
     best_val_loss: float | None = None
     best_step: int | None = None
     rows_sha256: str | None = None
+    order: str | None = None
+    blend: dict | None = None
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -67,7 +67,7 @@ def lines(count: int, repeated: int) -> str:
     ],
 )
 def test_rule_drops_at_its_threshold(rule, kind, dropped, kept):
-    cleaner = Cleaner(Limits(min_characters=16, max_characters=1000))
+    cleaner = Cleaner(limits=Limits(min_characters=16, max_characters=1000))
     assert cleaner.clean(kept, kind, "kept") == kept
     assert not cleaner.report.dropped
     assert cleaner.clean(dropped, kind, "file:7") is None
@@ -85,13 +85,13 @@ def test_long_run(unit):
 
 def test_prose_rules_leave_code_alone():
     table = "TABLE = [\n" + "    (0x00, 0x01, 0x02),\n" * 40 + "]\n"
-    cleaner = Cleaner(Limits())
+    cleaner = Cleaner()
     assert cleaner.clean(table, "code", "t.py") == table
     assert cleaner.clean(table, "prose", "t.txt") is None
 
 
 def test_counts_of_documents_and_few_samples():
-    cleaner = Cleaner(Limits())
+    cleaner = Cleaner()
     for number in range(5):
         assert cleaner.clean("short", "prose", f"f{number}") is None
     assert cleaner.clean(PROSE.replace("\n", "\r\n") * 3, "prose", "g") == PROSE * 3
@@ -106,7 +106,7 @@ def test_counts_of_documents_and_few_samples():
 def test_skipped_rule_does_not_drop():
     rules = select_rules(["few_letters"])
     assert len(rules) == len(RULES) - 1
-    assert Cleaner(Limits(), rules).clean("1234567890 " * 3, "prose", "f") == "1234567890 " * 3
+    assert Cleaner(rules=rules).clean("1234567890 " * 3, "prose", "f") == "1234567890 " * 3
     with pytest.raises(UserError, match=r"skip_rule: no quality rule 'few_leters' to skip\. Rules: unreadable, "):
         select_rules(["few_leters"])
     with pytest.raises(UserError, match="too_long"):
@@ -114,6 +114,6 @@ def test_skipped_rule_does_not_drop():
 
 
 def test_truncated_document_is_too_long_whatever_its_repair():
-    cleaner = Cleaner(Limits(max_characters=100))
+    cleaner = Cleaner(limits=Limits(max_characters=100))
     assert cleaner.clean("\r\n" * 60, "prose", "f", truncated=True) is None
     assert cleaner.report.dropped == {"too_long": 1}

@@ -19,6 +19,7 @@ from engine.data.ahead import Step, StepReader
 from engine.data.blend import BlendIndex
 from engine.data.examples.store import Store
 from engine.data.loader import Batch
+from engine.data.order import BLENDED_ROWS, ROWS
 from engine.errors import UserError
 
 
@@ -126,6 +127,10 @@ class ExampleLoader(StepReader):
     def num_tokens(self) -> int:
         """Tokens of all examples together, each counted once."""
         return sum(store.num_tokens for store in self.corpus.stores)
+
+    @property
+    def order(self) -> str:  # of more than one source it depends on the blend's too
+        return ROWS if len(self.corpus.stores) < 2 else BLENDED_ROWS
 
     @property
     def num_examples(self) -> int:
