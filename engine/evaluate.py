@@ -69,7 +69,7 @@ def run(restored: Restored, *, data: Path | None = None, split: Literal["validat
                         where=str(restored.path), fix="Name a folder that `mainspring prepare` wrote with --data; the "
                         "run's metrics.jsonl has what was measured on examples")
     if data is not None:
-        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"path": data, "blend": []})})
+        cfg = cfg.model_copy(update={"data": cfg.data.only(data)})
     folder = tokenizer_folder(cfg)
     if load_tokenizer(folder).sha256 != restored.tokenizer.sha256:
         raise UserError("was tokenized by another tokenizer than the model's", where=str(folder.parent),

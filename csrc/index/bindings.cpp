@@ -8,6 +8,7 @@
 #include <system_error>
 #include <vector>
 
+#include "blend_bindings.hpp"
 #include "corpus.hpp"
 #include "format.hpp"
 #include "gather.hpp"
@@ -142,23 +143,6 @@ Int64s starts(const SampleOrder& order, int64_t epoch, const Int64s& blocks) {
     return out;
 }
 
-py::tuple blended(const Int64s& weights, Int64s deficits, Int64s counts, int64_t steps) {
-    const int64_t sources = weights.size();
-    if (sources < 1 || sources > 65535) throw py::value_error("a blend has 1 to 65535 sources");
-    if (deficits.size() != sources || counts.size() != sources || steps < 0)
-        throw py::value_error("weights, deficits and counts differ in length");
-    Int64s new_deficits(sources, deficits.data()), new_counts(sources, counts.data()), block(steps);
-    py::array_t<uint16_t> source(steps);
-    const int64_t* w = weights.data();
-    int64_t *d = new_deficits.mutable_data(), *c = new_counts.mutable_data(), *b = block.mutable_data();
-    uint16_t* s = source.mutable_data();
-    {
-        py::gil_scoped_release release;
-        blend(w, sources, d, c, steps, s, b);
-    }
-    return py::make_tuple(source, block, new_deficits, new_counts);
-}
-
 // ---- batches -------------------------------------------------------------------------------------------------------
 
 // Rows of a batch as pieces of one source: a row of a length up to seq_length lies in one block or straddles two.
@@ -279,7 +263,7 @@ PYBIND11_MODULE(_index, m) {
     m.doc() = "Megatron .bin/.idx files, sample order and blends. Everything long runs without the GIL.";
     m.def("item_size", &item_size, py::arg("dtype_code"));
     m.def("shuffled", &shuffled, py::arg("count"), py::arg("seed"), py::arg("epoch"), py::arg("purpose"));
-    m.def("blend", &blended, py::arg("weights"), py::arg("deficits"), py::arg("counts"), py::arg("steps"));
+    bind_blend(m);
     bind_files(m);
     bind_orders(m);
     m.def("pack", &packed, py::arg("sizes").noconvert(), py::arg("order").noconvert(), py::arg("capacity"));

@@ -17,7 +17,7 @@ Range join(Range a, Range b) { return {std::min(a.low, b.low), std::max(a.high, 
 
 // Smallest and largest are found in the file's own type, where a vector holds the most of them.
 template <class T>
-inline Range widen_as(const char* from, int64_t count, int64_t* to) {
+[[gnu::always_inline]] inline Range widen_as(const char* from, int64_t count, int64_t* to) {
     const Unaligned<T> source{from};
     T low = std::numeric_limits<T>::max(), high = std::numeric_limits<T>::min();
     for (int64_t i = 0; i < count; ++i) {

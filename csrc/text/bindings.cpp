@@ -2,6 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string>
+#include <vector>
+
+#include "languages.hpp"
+#include "leaks.hpp"
+#include "repetition.hpp"
 #include "scan.hpp"
 
 namespace py = pybind11;
@@ -41,6 +47,28 @@ auto unlocked(const Source& source, const Work& work) {
 
 Statistics scanned(const py::object& text) { return unlocked(source_of(text), scan); }
 
+py::tuple repeated(const py::object& text, const std::vector<int>& top, const std::vector<int>& duplicate) {
+    const Source source = source_of(text);
+    const Repetition found = unlocked(source, [&](const Text& t) { return repetition(t, top, duplicate); });
+    return py::make_tuple(found.characters, found.top, found.duplicate);
+}
+
+py::tuple hinted(const FunctionWords& words, const py::object& text) {
+    const Source source = source_of(text);
+    const Hints found = unlocked(source, [&](const Text& t) { return words.hints(t); });
+    return py::make_tuple(found.scripts, found.words, found.hits);
+}
+
+int64_t add_item(Leaks& leaks, const py::object& text, int set) { return leaks.add(source_of(text).text, set); }
+
+py::list found_leaks(const Leaks& leaks, const py::object& text) {
+    const Source source = source_of(text);
+    const std::vector<Leak> found = unlocked(source, [&](const Text& t) { return leaks.find(t); });
+    py::list list;
+    for (const Leak& leak : found) list.append(py::make_tuple(leak.set, leak.first, leak.last));
+    return list;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_text, m) {
@@ -74,4 +102,13 @@ PYBIND11_MODULE(_text, m) {
         .def_readonly("ended_lines", &Statistics::ended_lines)
         .def_readonly("mend", &Statistics::mend);
     m.def("scan", &scanned, py::arg("text"));
+    m.def("repetition", &repeated, py::arg("text"), py::arg("top"), py::arg("duplicate"));
+    py::class_<FunctionWords>(m, "FunctionWords")
+        .def(py::init<const std::vector<std::vector<std::u32string>>&>(), py::arg("words"))
+        .def("hints", &hinted, py::arg("text"));
+    py::class_<Leaks>(m, "Leaks")
+        .def(py::init<int, int>(), py::arg("n"), py::arg("shortest"))
+        .def("add", &add_item, py::arg("text"), py::arg("set"))
+        .def("finish", &Leaks::finish)
+        .def("find", &found_leaks, py::arg("text"));
 }

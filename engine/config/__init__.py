@@ -3,6 +3,7 @@
 from engine.config.adamw import AdamWConfig
 from engine.config.base import Problem, Section, build, option
 from engine.config.command_line import parse
+from engine.config.data import BlendChange, BlendEntry, DataConfig
 from engine.config.loading import load_config
 from engine.config.model import Llama3RopeConfig, ModelConfig, MoEConfig, YarnConfig
 from engine.config.parameters import count as parameter_count
@@ -11,9 +12,7 @@ from engine.config.presets import PRESETS
 from engine.config.schema import STAGES, Config
 from engine.config.sections import (
     BatchSizeSchedule,
-    BlendEntry,
     CheckpointConfig,
-    DataConfig,
     EvaluationConfig,
     LoggingConfig,
     MuonConfig,
@@ -29,6 +28,7 @@ __all__ = [
     "STAGES",
     "AdamWConfig",
     "BatchSizeSchedule",
+    "BlendChange",
     "BlendEntry",
     "CheckpointConfig",
     "Config",

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from engine.config.base import Problem, Section, option
+from engine.config.cleaning import CleaningConfig, DecontaminationConfig, PersonalDataConfig
+from engine.config.near_dedup import NearDedupConfig
 
 # The trained vocabulary before the first merge: all 256 bytes.
 BYTES = 256
@@ -15,7 +17,10 @@ BYTES = 256
 class PrepareConfig(Section):
     """Raw files in, one prepared directory out. Contradictions are refused at construction."""
 
-    input: list[Path] = option(..., "folder or file to read; repeat the flag for several", "path", min_length=1)
+    input: list[Path] = option(
+        ..., "folder or file to read, hf:NAME[[:CONFIG]:SPLIT] or python:MODULE:CLASS; repeat the flag for several",
+        "path", min_length=1,
+    )
     output: Path = option(..., "directory to create", "path")
     overwrite: bool = option(False, "replace an existing prepared directory")
     seed: int = option(1234, "seed of the train/validation/test split", ge=0)
@@ -30,14 +35,23 @@ class PrepareConfig(Section):
     exclude: list[str] = option(list, "skip files and folders whose name, or path below the input, matches", "glob")
     include_hidden: bool = option(False, "also read files and folders whose name starts with a dot")
     follow_symlinks: bool = option(False, "also read through symbolic links inside a folder (loops are cut)")
-    text_field: str = option("text", "field of a JSONL record that holds the document", min_length=1)
-    jsonl_kind: Literal["prose", "code"] = option("prose", "which cleaning rules JSONL documents get")
-    max_bad_fraction: float = option(0.01, "unusable JSONL lines, above which the run fails", "fraction", ge=0, le=1)
-    max_line_mb: float = option(256, "a longer JSONL line goes to quarantine without being read", "MB", gt=0)
+    text_field: str = option(
+        "text", "field or column of a record that holds the document; meta.body for one inside another", min_length=1
+    )
+    jsonl_kind: Literal["prose", "code"] = option("prose", "which cleaning rules the documents of records (JSON, tables) get")
+    max_bad_fraction: float = option(0.01, "unusable records, above which the run fails", "fraction", ge=0, le=1)
+    max_line_mb: float = option(
+        256, "a longer line or element of JSON goes to quarantine without being held", "MB", gt=0
+    )
 
     min_characters: int = option(16, "shorter documents are dropped", "characters", ge=0)
     max_characters: int = option(10_000_000, "longer documents are dropped", "characters", ge=1)
     skip_rule: list[str] = option(list, "quality rule to leave out (manifest.json lists them)", "rule")
+
+    cleaning: CleaningConfig = option(CleaningConfig, "what is repaired, and which documents are dropped beyond the rules")
+    personal_data: PersonalDataConfig = option(PersonalDataConfig, "personal data to mask")
+    decontaminate: DecontaminationConfig = option(DecontaminationConfig, "evaluation sets to keep out")
+    near_dedup: NearDedupConfig | None = option(None, "drop documents that are nearly another; unset, only exact copies")
 
     validation_fraction: float = option(0.02, "documents held out, chosen by content hash", "fraction", ge=0, le=0.5)
     test_fraction: float = option(0, "documents held out a second time, never evaluated on in training", "fraction",

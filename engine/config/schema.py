@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal, get_args
 
 from engine.config import checks, layouts
 from engine.config.base import Problem, Section, option
+from engine.config.data import DataConfig
 from engine.config.model import ModelConfig
 from engine.config.sections import (
     CheckpointConfig,
-    DataConfig,
     EvaluationConfig,
     LoggingConfig,
     ParallelConfig,

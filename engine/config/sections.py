@@ -1,49 +1,15 @@
-"""Every section but the model's: data, training, layout, checkpoints, evaluation, logging."""
+"""The sections of training, layout, checkpoints, evaluation and logging."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 from engine.config.adamw import AdamWConfig
 from engine.config.base import Problem, Section, option
+from engine.config.data import STEPS
 from engine.config.fp8 import Fp8Config
-
-STEPS = 10**12  # a bound that no run reaches: it keeps arithmetic on absurd input fast
-
-
-class BlendEntry(Section):
-    """One source of a blend."""
-
-    path: Path = option(..., "prepared directory")
-    weight: float = option(1.0, "share of the training tokens, relative to the other entries", "1", gt=0)
-
-
-class DataConfig(Section):
-    """What the model reads: one prepared directory, or a blend of several."""
-
-    path: Path | None = option(None, "prepared directory (see `mainspring prepare`)")
-    blend: list[BlendEntry] = option(list, "several prepared directories with weights, instead of path")
-    num_workers: int = option(1, "background threads that read ahead (0: none)", "threads", ge=0, le=1024)
-    cache_dir: Path | None = option(None, "where sample indices are kept (null: beside the data)")
-    shuffle_seed: int | None = option(None, "seed of the sample order (null: seed)", ge=0, lt=2**63)
-
-    def problems(self) -> Iterator[Problem]:
-        if self.path is not None and self.blend:
-            yield Problem(
-                "blend",
-                "data.path and data.blend are both set",
-                "Keep one; put the path into the blend with its weight",
-            )
-        seen: set[Path] = set()
-        for i, entry in enumerate(self.blend):
-            if entry.path in seen:
-                yield Problem(
-                    f"blend.{i}.path", f"{entry.path} is listed twice", "Merge the two entries into one weight"
-                )
-            seen.add(entry.path)
 
 
 class BatchSizeSchedule(Section):
@@ -157,6 +123,28 @@ class TrainConfig(Section):
         """The sequence length of the 0-based ``step``; ``full`` is model.seq_length. In tokens."""
         lengths = [stage.seq_length for stage in self.seq_length_schedule if stage.step <= step]
         return lengths[-1] if lengths else full
+
+    def sequences_before(self, step: int) -> int:
+        """Sequences that the steps before ``step`` read."""
+        plan, full = self.batch_size_schedule, self.global_batch_size
+        if plan is None or plan.start >= full:
+            return step * full
+        stage, rest = divmod(step, plan.every_steps)
+        if plan.kind == "ramp":
+            increment = plan.increment or full
+            growing = min(stage, -(-(full - plan.start) // increment))  # stages before the full batch
+            grown = growing * plan.start + increment * (growing * (growing - 1) // 2)
+        else:
+            growing = min(stage, (-(-full // plan.start) - 1).bit_length())
+            grown = plan.start * ((1 << growing) - 1)
+        return plan.every_steps * (grown + (stage - growing) * full) + rest * self.batch_size_at(step)
+
+    def tokens_before(self, step: int, full: int) -> int:
+        """Tokens that the steps before ``step`` read; ``full`` is model.seq_length."""
+        begins = [0, *(stage.step for stage in self.seq_length_schedule if 0 < stage.step < step)]
+        ends = [*begins[1:], step]
+        return sum((self.sequences_before(end) - self.sequences_before(begin)) * self.seq_length_at(begin, full)
+                   for begin, end in zip(begins, ends, strict=True))
 
     def decay_length(self) -> int:
         """Steps of the learning rate's decay, with the default for ``decay_steps`` null; 0 for a constant rate."""

@@ -1,143 +1,49 @@
-"""Cleaning: repairs that mend a document, and quality rules that drop it. Each names itself in the manifest.
+"""Cleaning: repairs that mend a document, masks, and quality rules that drop it. Each names itself in the manifest.
 
-Code is never reflowed: its whitespace, form feeds included, and its string literals (hence no NFC) stay as they are;
-only line ends are normalised, and characters that no editor shows are removed.
+    repair -> web furniture or licence header -> masks -> rules -> evaluation sets
+
+One scan in C++ says what a document measures; a step that changes the text has it measured again.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field
+from typing import Any, Self
 
-from engine.config.cleaning import CleaningConfig, PersonalDataConfig
+from engine._text import scan
+from engine.config.cleaning import CleaningConfig, DecontaminationConfig, PersonalDataConfig
 from engine.config.prepare import PrepareConfig
-from engine.data.cleaning_report import EXCERPT_CHARACTERS as EXCERPT_CHARACTERS
-from engine.data.cleaning_report import CleaningReport
-from engine.errors import UserError
+from engine.data.cleaning_lines import remove_furniture, remove_licence_header
+from engine.data.cleaning_repair import MENDS, mojibake_fixer, repair
+from engine.data.cleaning_report import EXCERPT_CHARACTERS, SAMPLES_PER_RULE, CleaningReport
+from engine.data.cleaning_rules import BOTH, RULES, Kind, Limits, Page, Rule, rules_of, select_rules
+from engine.data.contamination import Contamination
+from engine.data.personal_data import mask
 
-Kind = Literal["prose", "code"]
-
-_CARRIAGE_RETURN = re.compile(r"\r\n?")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
-_PAGE_BREAK = re.compile("[\x0b\x0c]")
-_LETTER = re.compile(r"[^\W\d_]")
-_URL = re.compile(r"(?:https?://|www\.)[^\s<>\"')\]]+")
-_BLANK = re.compile(r"\s+")
+__all__ = [
+    "EXCERPT_CHARACTERS", "RULES", "SAMPLES_PER_RULE", "Cleaner", "CleaningReport", "Contamination", "Kind", "Limits",
+    "Rule", "repair", "rules_of", "select_rules",
+]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Lengths in characters."""
+@dataclass
+class _Done:
+    """What was changed in one document; it counts once the document is kept."""
 
-    min_characters: int = 16
-    max_characters: int = 10_000_000
-
-
-@dataclass(frozen=True)
-class Rule:
-    """``drops(text, limits)`` is true for a document that must go."""
-
-    name: str
-    description: str
-    kinds: tuple[Kind, ...]
-    drops: Callable[[str, Limits], bool]
-
-
-def repair(text: str, kind: Kind) -> tuple[str, list[str]]:
-    """The mended text and the names of the repairs that changed it. A second call changes nothing."""
-    done = []
-
-    def step(name: str, mended: str) -> None:
-        nonlocal text
-        if mended != text:
-            text = mended
-            done.append(name)
-
-    if "\r" in text:
-        step("newlines", _CARRIAGE_RETURN.sub("\n", text))
-    if not text.isascii():  # checked first: searching 30 MB for surrogates costs more than all the rest
-        step("surrogates", _SURROGATE.sub("\ufffd", text))
-    step("control_characters", _CONTROL.sub("", text))
-    if kind == "prose":
-        step("page_breaks", _PAGE_BREAK.sub("\n", text))
-        if not unicodedata.is_normalized("NFC", text):
-            step("unicode_nfc", unicodedata.normalize("NFC", text))
-    return text, done
-
-
-def _long_run(text: str, _: Limits) -> bool:
-    # One "word" of this length is base64 or minified, and a single unit of work for any BPE; so is a gap.
-    if len(text) <= MAX_RUN:
-        return False
-    return any(len(word) > MAX_RUN for word in text.split()) or any(
-        match.end() - match.start() > MAX_RUN for match in _BLANK.finditer(text)
-    )
-
-
-def _unreadable(text: str, _: Limits) -> bool:
-    return text.count("\ufffd") > 0.1 * len(text)
-
-
-def _few_letters(text: str, _: Limits) -> bool:
-    # Of the characters that show: a table of figures, a hex dump, ASCII art. Any script's letters count.
-    shown = len(text) - sum(len(blank) for blank in _BLANK.findall(text))
-    return len(_LETTER.findall(text)) < 0.25 * shown
-
-
-def _mostly_links(text: str, _: Limits) -> bool:
-    return "://" in text and sum(len(url) for url in _URL.findall(text)) > 0.5 * len(text)
-
-
-def _repeated_lines(text: str, _: Limits) -> bool:
-    lines = [line for line in map(str.strip, text.split("\n")) if line]
-    if len(lines) < 10:
-        return False
-    repeated = sum(len(line) * (count - 1) for line, count in Counter(lines).items())
-    return repeated > 0.5 * sum(map(len, lines))
-
-
-def _minified(text: str, _: Limits) -> bool:
-    # Mean line of 500 characters: nobody wrote that by hand. (Python's standard library has a mean of 36.)
-    return len(text) > 500 * (text.count("\n") + 1)
-
-
-MAX_RUN = 100_000
-BOTH: tuple[Kind, ...] = ("prose", "code")
-
-# In the order they are tried; the first that hits names the drop.
-RULES: tuple[Rule, ...] = (
-    Rule("empty", "nothing but whitespace", BOTH, lambda text, _: not text or text.isspace()),
-    Rule("too_short", "fewer than min_characters", BOTH, lambda text, limits: len(text) < limits.min_characters),
-    Rule("too_long", "more than max_characters", BOTH, lambda text, limits: len(text) > limits.max_characters),
-    Rule("unreadable", "over a tenth are replacement characters", BOTH, _unreadable),
-    Rule("long_run", f"over {MAX_RUN:,} characters without a space, or of nothing else", BOTH, _long_run),
-    Rule("few_letters", "under a quarter of the visible characters are letters", ("prose",), _few_letters),
-    Rule("mostly_links", "over half is web addresses", ("prose",), _mostly_links),
-    Rule("repeated_lines", "over half is lines that stood before", ("prose",), _repeated_lines),
-    Rule("minified", "lines of over 500 characters on average", ("code",), _minified),
-)
-# Nothing can be made of these; the lengths have flags of their own.
-ALWAYS_ON = ("empty", "too_short", "too_long")
-
-
-def select_rules(skip: list[str]) -> tuple[Rule, ...]:
-    """RULES without those named; UserError for a name that is none or cannot be skipped."""
-    names = [rule.name for rule in RULES if rule.name not in ALWAYS_ON]
-    for name in skip:
-        if name not in names:
-            raise UserError(f"no quality rule {name!r} to skip", where="skip_rule", fix=f"Rules: {', '.join(names)}.")
-    return tuple(rule for rule in RULES if rule.name not in skip)
+    repairs: list[str]
+    lines: dict[str, int] = field(default_factory=dict)
+    first_line: str = ""
+    masked: dict[str, int] = field(default_factory=dict)
 
 
 class Cleaner:
     """Repairs and judges one document after the other, keeping the counts in ``report``.
 
-    ``rules`` are ``select_rules``'s; ``contamination`` is built once a process, since it holds the evaluation sets.
+    ``rules`` are ``select_rules``'s. Building one reads the evaluation sets: once a process is enough. To join the work
+    of several: ``one.report.merge(another.report)`` in the order of the documents, then ``one.as_manifest()``.
+
+    Raises:
+        UserError: an evaluation set cannot be used, or ftfy is wanted and missing.
     """
 
     def __init__(
@@ -145,33 +51,99 @@ class Cleaner:
         config: CleaningConfig | None = None,
         *,
         limits: Limits | None = None,
-        rules: tuple[Rule, ...] = RULES,
+        rules: tuple[Rule, ...] | None = None,
         personal_data: PersonalDataConfig | None = None,
+        decontaminate: DecontaminationConfig | None = None,
     ):
         self.config = config or CleaningConfig()
         self.limits = limits or Limits()
-        self.rules = rules
+        self.rules = rules_of(self.config) if rules is None else rules
         self.report = CleaningReport()
-        self._rules_of = {kind: [rule for rule in rules if kind in rule.kinds] for kind in BOTH}
+        self.masks = tuple(personal_data.mask) if personal_data else ()
+        self.contamination = Contamination(decontaminate) if decontaminate and decontaminate.sets else None
+        self._rules_of = {kind: [rule for rule in self.rules if kind in rule.kinds] for kind in BOTH}
+        self._fix_mojibake = mojibake_fixer() if self.config.mojibake else None
+        changing = {"prose": self.config.mojibake or self.config.boilerplate, "code": self.config.licence_headers}
+        self._changing = {kind: bool(self.masks) or changing[kind] for kind in BOTH}
+        for name in self.masks:
+            self.report.masked.found[name] = 0  # a filter that finds nothing still says so
+        if self.contamination is not None:
+            self.rules = (*self.rules, self.contamination.rule) if self.contamination.drops else self.rules
+            for item in self.contamination.sets:
+                self.report.contamination.found[item.name] = 0
 
     @classmethod
     def of(cls, config: PrepareConfig) -> Self:
-        """The cleaner that `mainspring prepare` was asked for. UserError for a rule or evaluation set that is none."""
-        return cls(limits=Limits(config.min_characters, config.max_characters), rules=select_rules(config.skip_rule))
+        """The cleaner that `mainspring prepare` was asked for."""
+        return cls(
+            config.cleaning, limits=Limits(config.min_characters, config.max_characters),
+            rules=select_rules(config.skip_rule, config.cleaning),
+            personal_data=config.personal_data, decontaminate=config.decontaminate,
+        )  # fmt: skip
 
     def clean(self, text: str, kind: Kind, source: str, *, truncated: bool = False) -> str | None:
         """The document to keep, or None where a rule dropped it; ``truncated`` says that it was too long to read."""
-        text, repairs = repair(text, kind)
+        counts, done = scan(text), _Done([])
+        if counts.mend & MENDS[kind]:
+            text, done.repairs = repair(text, kind)
+            counts = scan(text)
         if truncated:
             self.report.drop("too_long", source, text)
             return None
+        if self._changing[kind]:
+            changed = self._change(text, kind, done)
+            counts = counts if changed == text else scan(changed)
+            text = changed
+        page = Page(text, counts, self.limits)
         for rule in self._rules_of[kind]:
-            if rule.drops(text, self.limits):
+            if rule.drops(page):
                 self.report.drop(rule.name, source, text)
                 return None
-        self.report.repairs.update(repairs)
+        if self.contamination is not None and self._is_contaminated(text, source):
+            return None
+        if self._changing[kind] or done.repairs:
+            self._count(done, source)
         return text
 
     def as_manifest(self) -> dict[str, Any]:
-        """The ``cleaning`` entry of manifest.json for what this cleaner's report counts."""
-        return self.report.as_manifest(self.rules)
+        """The ``cleaning`` entry of manifest.json: what ``report`` counts, and which evaluation sets were looked for."""
+        entry = self.report.as_manifest(self.rules)
+        if self.contamination is not None:
+            entry["contamination"] = self.contamination.as_manifest(entry["contamination"])
+        return entry
+
+    def _change(self, text: str, kind: Kind, done: _Done) -> str:
+        """What is optional: mojibake, furniture, licence header, masks."""
+        if kind == "prose" and self._fix_mojibake is not None:
+            fixed = self._fix_mojibake(text)
+            if fixed != text:
+                text = repair(fixed, kind)[0]
+                done.repairs.append("mojibake")
+        if kind == "prose" and self.config.boilerplate:
+            text, lines, done.first_line = remove_furniture(text)
+            done.lines.update(lines)
+        if kind == "code" and self.config.licence_headers:
+            text, removed, done.first_line = remove_licence_header(text)
+            if removed:
+                done.lines["licence"] = removed
+        if self.masks:
+            text, masked = mask(text, kind, self.masks)
+            done.masked.update(masked)
+        return text
+
+    def _is_contaminated(self, text: str, source: str) -> bool:
+        assert self.contamination is not None
+        hits = self.contamination.find(text)
+        for hit in hits:
+            self.report.contamination.add(hit.name, 1, source, hit.excerpt)
+        if not hits or not self.contamination.drops:
+            return False
+        self.report.drop(self.contamination.rule.name, source, text)
+        return True
+
+    def _count(self, done: _Done, source: str) -> None:
+        self.report.repairs.update(done.repairs)
+        for name, count in done.lines.items():
+            self.report.lines.add(name, count, source, done.first_line[:EXCERPT_CHARACTERS])
+        for name, count in done.masked.items():
+            self.report.masked.add(name, count, source)  # no excerpt: it would be the secret

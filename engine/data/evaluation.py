@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine import _index
+from engine.data.indexed import reading
 from engine.data.prepared import PreparedSplit
 from engine.data.stream import check_vocabulary
 from engine.errors import UserError
@@ -22,17 +22,12 @@ class EvaluationRows:
         usable = [split for split in splits if split.dataset.num_tokens >= 2]
         if not usable:
             raise UserError(f"{splits[0].dataset.num_tokens} tokens, evaluation needs at least 2",
-                            where=str(splits[0].dataset.bin_path), fix="Prepare a larger validation split")
+                            where=splits[0].dataset.where, fix="Prepare a larger validation split")
         splits = usable  # a source of a blend may be too small to hold out a document
         self._splits, self._seq_length = splits, seq_length
         predictions = np.array([split.dataset.num_tokens - 1 for split in splits], np.int64)
         self._rows = -(-predictions // seq_length)
         self._first = np.concatenate([[0], np.cumsum(self._rows)])
-        self._starts = [self._row_starts(split, int(rows)) for split, rows in zip(splits, self._rows, strict=True)]
-
-    def _row_starts(self, split: PreparedSplit, rows: int) -> np.ndarray:
-        in_file_order = np.arange(len(split.dataset), dtype=np.int64)
-        return _index.sample_starts(split.dataset.sizes, in_file_order, self._seq_length, rows)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -46,10 +41,11 @@ class EvaluationRows:
             place_p = np.flatnonzero((row_b >= low) & (row_b < high))
             if not len(place_p):
                 continue
-            own_p = row_b[place_p] - low
-            length_p = np.minimum(self._seq_length, split.dataset.num_tokens - 1 - own_p * self._seq_length)
-            columns = [self._starts[number][own_p], length_p[:, None], place_p[:, None] * self._seq_length]
-            seen = split.dataset.gather(None, np.concatenate(columns, axis=1), tokens_bs, labels_bs)
-            check_vocabulary(split.dataset.bin_path, seen, split.vocab_size)
+            token_p = (row_b[place_p] - low) * self._seq_length
+            length_p = np.minimum(self._seq_length, split.dataset.num_tokens - 1 - token_p)
+            pieces_p3 = np.stack([token_p, length_p, place_p * self._seq_length], axis=1)
+            with reading([split.dataset]):
+                seen = split.dataset.corpus.gather(pieces_p3, tokens_bs, labels_bs)
+            check_vocabulary(split.dataset.where, seen, split.vocab_size)
             mask_bs[place_p] = np.arange(self._seq_length) < length_p[:, None]
         return tokens_bs, labels_bs, mask_bs

@@ -1,59 +1,66 @@
 """Megatron's `.bin/.idx` pair: `PREFIX.bin` holds all tokens, `PREFIX.idx` where each document begins.
 
-Byte for byte the format of megatron.core.datasets.indexed_dataset; csrc/index/format.cpp reads and writes the index.
+Byte for byte the format of megatron.core.datasets.indexed_dataset; csrc/index reads it. A dataset is one pair, or its
+shards `PREFIX-00000-of-00007.bin/.idx` to `PREFIX-00006-of-00007.bin/.idx`.
 """
 
 from __future__ import annotations
 
-import array
+import bisect
 import contextlib
 import hashlib
-import mmap
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
-from engine import _index, disk
+from engine import _index
+from engine.data.indexed_writer import DTYPES, IndexedDatasetWriter, dtype_code
+from engine.data.verified import Verified, now_ns
 from engine.errors import UserError
 
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+__all__ = ["DTYPES", "IndexedDataset", "IndexedDatasetWriter", "Pair", "dtype_code", "reading", "shard_name"]
 _REBUILD = "Prepare the data again (`mainspring prepare`) or copy the file anew"
+_SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.(bin|idx)$")
 
 
-def dtype_code(vocab_size: int) -> int:
-    """Megatron's choice: uint16 (8) below 65500 token ids, int32 (4) from there on."""
-    return 8 if vocab_size < 65500 else 4
+def shard_name(name: str, number: int, count: int) -> str:
+    """The prefix of shard ``number`` of ``count``: "train", 0, 7 is "train-00000-of-00007"."""
+    return f"{name}-{number:05d}-of-{count:05d}"
 
 
-class IndexedDataset:
-    """A prepared split, memory-mapped: ``len`` documents (in Megatron's words: sequences).
+class Pair:
+    """One `.bin/.idx`, mapped. The header is checked on opening; ``verify`` checks the rest."""
 
-    Every field of the index is checked on opening, and the size of the `.bin` against it. Raises UserError for a
-    missing, truncated, foreign or mismatched file.
-    """
-
-    def __init__(self, prefix: str | os.PathLike[str]):
-        self.prefix = Path(prefix)
+    def __init__(self, prefix: Path):
         self.idx_path, self.bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-        idx = _map(self.idx_path, partner=self.bin_path)
+        self.idx = _map(self.idx_path, partner=self.bin_path)
+        with self._damage():
+            self.code, count, documents, sizes_at, pointers_at, documents_at = _index.read_header(self.idx)
+        self.dtype = np.dtype(DTYPES[self.code])
+        self.sizes = np.frombuffer(self.idx, "<i4", count, sizes_at)  # tokens of each document
+        self.pointers = np.frombuffer(self.idx, "<i8", count, pointers_at)  # byte of each document in the .bin
+        self.document_indices = np.frombuffer(self.idx, "<i8", documents, documents_at)
+        self.num_tokens, self.fingerprint = 0, ""  # of verify
+        self.bin = _map(self.bin_path, partner=self.idx_path)
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
         try:
-            code, count, documents, tokens, sizes_at, pointers_at, documents_at = _index.parse_index(idx)
+            yield
         except ValueError as problem:
             raise UserError(f"damaged index: {problem}", where=str(self.idx_path), fix=_REBUILD) from None
-        self.code: int = code
-        self.dtype = np.dtype(DTYPES[code])
-        self.num_tokens: int = tokens
-        self.sizes = np.frombuffer(idx, "<i4", count, sizes_at)  # tokens of each document
-        self.pointers = np.frombuffer(idx, "<i8", count, pointers_at)  # byte of each document in the .bin
-        self.document_indices = np.frombuffer(idx, "<i8", documents, documents_at)
-        self.fingerprint: str = hashlib.sha256(idx).hexdigest()
-        self._bin = _map(self.bin_path, partner=self.idx_path)
-        self._check_bin(len(self._bin))
 
-    def _check_bin(self, size: int) -> None:
+    def check_tables(self, threads: int) -> int:
+        """Checks every entry of the index and returns the tokens. UserError names the first wrong one."""
+        with self._damage():
+            return _index.check_tables(self.idx, threads)
+
+    def check_bin(self, size: int) -> None:
+        """UserError unless a `.bin` of ``size`` bytes is the one of this index."""
         expected = self.num_tokens * self.dtype.itemsize
         if size == expected:
             return
@@ -65,8 +72,80 @@ class IndexedDataset:
             fix=_REBUILD,
         )
 
+
+class IndexedDataset:
+    """A prepared split, memory-mapped: ``len`` documents (in Megatron's words: sequences), counted through the shards.
+
+    Every field of every index is checked on opening, and the size of the `.bin` against it; ``remember``, a folder,
+    spares this for files that were checked before and have not changed (`engine.data.verified`). Raises UserError for a
+    missing, truncated, foreign or mismatched file, for a set of shards that is not complete, and for a pair and shards
+    of one name.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], *, remember: Path | None = None):
+        self.prefix = Path(prefix)
+        prefixes = _prefixes(self.prefix)
+        self.sharded = prefixes != [self.prefix]
+        self.pairs = [Pair(each) for each in prefixes]
+        for pair in self.pairs[1:]:
+            if pair.code != self.pairs[0].code:
+                raise UserError(f"has tokens of type {pair.dtype.name}, {self.pairs[0].idx_path.name} has "
+                                f"{self.pairs[0].dtype.name}", where=str(pair.idx_path), fix=_REBUILD)
+        self._verified = Verified(remember, self.prefix)
+        self._verify()
+        self.code, self.dtype = self.pairs[0].code, self.pairs[0].dtype
+        self.corpus = _index.Corpus([(pair.idx, pair.bin, pair.num_tokens) for pair in self.pairs])
+        self.num_tokens: int = self.corpus.tokens
+        self._first = [0]  # document of each pair
+        for pair in self.pairs[:-1]:
+            self._first.append(self._first[-1] + len(pair.sizes))
+
+    def _verify(self) -> None:
+        began, threads = now_ns(), 0 if len(self.pairs) == 1 else 1
+        known = [self._verified.recall(pair.idx_path, pair.idx) for pair in self.pairs]
+        unknown = [pair for pair, found in zip(self.pairs, known, strict=True) if not found]
+        for pair, found in zip(self.pairs, known, strict=True):
+            if found:
+                pair.num_tokens, pair.fingerprint = found["tokens"], found["sha256"]
+        if unknown:
+            with ThreadPoolExecutor(min(2 * len(unknown), max(2, _cores()))) as pool:
+                tokens = [pool.submit(pair.check_tables, threads) for pair in unknown]
+                hashes = [pool.submit(_sha256, pair.idx) for pair in unknown]
+                for pair, count, fingerprint in zip(unknown, tokens, hashes, strict=True):
+                    pair.num_tokens, pair.fingerprint = count.result(), fingerprint.result()
+                    facts = {"tokens": pair.num_tokens, "sha256": pair.fingerprint}
+                    self._verified.note(pair.idx_path, pair.idx, facts, began)
+        for pair in self.pairs:
+            pair.check_bin(len(pair.bin))
+        self._verified.save()
+
+    @property
+    def where(self) -> str:
+        """What messages call it: the `.bin`, or the prefix of the shards."""
+        return str(self.prefix if self.sharded else self.pairs[0].bin_path)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the index: of the `.idx` file, or of the shards' hashes one behind another."""
+        if not self.sharded:
+            return self.pairs[0].fingerprint
+        return hashlib.sha256("".join(pair.fingerprint for pair in self.pairs).encode()).hexdigest()
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each document, int32; of several shards a copy of 4 bytes a document."""
+        return self.pairs[0].sizes if len(self.pairs) == 1 else np.concatenate([pair.sizes for pair in self.pairs])
+
+    @property
+    def document_indices(self) -> np.ndarray:
+        """Megatron's documents, each of one sequence or more: where they begin, and the end; int64."""
+        if len(self.pairs) == 1:
+            return self.pairs[0].document_indices
+        parts = [pair.document_indices[1:] + first for pair, first in zip(self.pairs, self._first, strict=True)]
+        return np.concatenate([[0], *parts])
+
     def __len__(self) -> int:
-        return len(self.sizes)
+        return self.corpus.documents
 
     def __getitem__(self, document: int) -> np.ndarray:
         """The document's tokens, [length], a read-only view of the file."""
@@ -76,127 +155,79 @@ class IndexedDataset:
         """``length`` tokens (default: the rest) of a document from ``offset``, a read-only view. IndexError outside."""
         if not -len(self) <= document < len(self):
             raise IndexError(f"document {document} of {len(self)}")
-        size = int(self.sizes[document])
+        document %= len(self)
+        place = bisect.bisect_right(self._first, document) - 1
+        pair, own = self.pairs[place], document - self._first[place]
+        size = int(pair.sizes[own])
         length = size - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > size:
             raise IndexError(f"tokens {offset} to {offset + length} of document {document}, which has {size}")
-        first = int(self.pointers[document]) + offset * self.dtype.itemsize
-        return np.frombuffer(self._bin, self.dtype, length, first) if length else np.empty(0, self.dtype)
+        first = int(pair.pointers[own]) + offset * self.dtype.itemsize
+        return np.frombuffer(pair.bin, self.dtype, length, first) if length else np.empty(0, self.dtype)
 
-    def gather(
-        self, order: np.ndarray | None, pieces_p4: np.ndarray, tokens: np.ndarray, labels: np.ndarray
-    ) -> tuple[int, int]:
-        """Copies token ranges into int64 arrays; see `engine._index.gather`. Returns the smallest and largest token.
-
-        Raises UserError if the file was truncated since it was opened, where the bare mapping would kill the process.
-        """
-        if isinstance(self._bin, mmap.mmap):
-            self._check_bin(self._bin.size())
-        return _index.gather(self._bin, self.code, self.sizes, self.pointers, order, pieces_p4, tokens, labels)
-
-    def bin_sha256(self) -> str:
-        """Content hash of the `.bin`, reading all of it."""
-        return hashlib.sha256(self._bin).hexdigest()
+    def bin_sha256(self) -> list[str]:
+        """Content hash of each pair's `.bin`, reading all of them, side by side."""
+        began = now_ns()
+        known = [self._verified.recall(pair.bin_path, pair.bin).get("sha256") for pair in self.pairs]
+        with ThreadPoolExecutor(_cores()) as pool:
+            hashes = list(pool.map(lambda pair, found: found or _sha256(pair.bin), self.pairs, known))
+        for pair, found, value in zip(self.pairs, known, hashes, strict=True):
+            if found is None:
+                self._verified.note(pair.bin_path, pair.bin, {"sha256": value}, began)
+        self._verified.save()
+        return hashes
 
 
-def _map(path: Path, *, partner: Path) -> mmap.mmap | bytes:
+@contextlib.contextmanager
+def reading(datasets: Sequence[IndexedDataset]) -> Iterator[None]:
+    """Around calls that read the files: UserError when a `.bin` was truncated since it was opened."""
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                return b""  # an empty file cannot be mapped, and an empty .bin is a legal pair of an empty .idx
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        yield
+    except _index.Truncated as error:
+        path, size = error.args
+        for pair in (pair for dataset in datasets for pair in dataset.pairs):
+            if str(pair.bin_path) == path:
+                pair.check_bin(size)
+        raise
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _sha256(map: _index.Map) -> str:
+    return hashlib.sha256(map).hexdigest()
+
+
+def _prefixes(prefix: Path) -> list[Path]:
+    """The pairs' prefixes: the one itself, or its shards in order."""
+    shards: dict[str, set[int]] = {}
+    if prefix.parent.is_dir():
+        for path in prefix.parent.iterdir():
+            match = _SHARD.match(path.name, len(prefix.name)) if path.name.startswith(prefix.name) else None
+            if match:
+                shards.setdefault(match[2], set()).add(int(match[1]))
+    if not shards:
+        return [prefix]
+    counts = sorted(shards, key=int)
+    if Path(f"{prefix}.bin").exists() or Path(f"{prefix}.idx").exists():
+        raise UserError(f"there are both {prefix.name}.bin/.idx and shards of it (of {counts[0]})", where=str(prefix),
+                        fix="Remove the older of the two")
+    if len(counts) > 1:
+        raise UserError(f"there are shards of two sets, of {counts[0]} and of {counts[1]}", where=str(prefix),
+                        fix="Remove the older set")
+    count = int(counts[0])
+    if wrong := [number for number in shards[counts[0]] if number >= count]:
+        raise UserError(f"shard {min(wrong)} of {count} cannot be", where=str(prefix), fix=_REBUILD)
+    return [prefix.parent / shard_name(prefix.name, number, count) for number in range(count)]
+
+
+def _map(path: Path, *, partner: Path) -> _index.Map:
+    try:
+        return _index.Map(os.fsencode(path))
     except FileNotFoundError:
         beside = f" ({partner.name} is there)" if partner.exists() else ""
         fix = f"A dataset is the pair {partner.stem}.bin and {partner.stem}.idx; write it with `mainspring prepare`"
         raise UserError(f"file not found{beside}", where=str(path), fix=fix) from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="Check its permissions") from None
-
-
-class IndexedDatasetWriter:
-    """Writes `PREFIX.bin` and `PREFIX.idx` under temporary names; `close()` puts both in place, or neither.
-
-    A context manager: leaving it with an exception removes what was written. An older pair at the prefix stays as it
-    is until `close()`.
-    """
-
-    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int):
-        self.prefix = Path(prefix)
-        self.vocab_size = vocab_size
-        self.code = dtype_code(vocab_size)
-        self.num_tokens = 0
-        self._sizes = array.array("i")
-        self._temporary = {end: Path(f"{prefix}.{end}.tmp-{os.getpid()}") for end in ("bin", "idx")}
-        with self._disk_errors():
-            self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._bin = open(self._temporary["bin"], "wb", buffering=2**20)  # noqa: SIM115 - close() or abort() closes it
-
-    def add_document(self, tokens: np.ndarray) -> None:
-        """Appends one document, [length] integers in [0, vocab_size). UserError when a token lies outside."""
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-            raise TypeError(f"a document is a 1-D array of integers, not {tokens.dtype} {list(tokens.shape)}")
-        self._check_document(tokens)
-        with self._disk_errors():
-            self._bin.write(tokens.astype(DTYPES[self.code], copy=False).tobytes())
-        self._sizes.append(tokens.size)
-        self.num_tokens += tokens.size
-
-    def _check_document(self, tokens: np.ndarray) -> None:
-        number, where = len(self._sizes), str(self.prefix)
-        if tokens.size >= 2**31:
-            raise UserError(f"document {number} has {tokens.size} tokens, the format allows 2147483647",
-                            where=where, fix="Split the document")
-        low, high = (tokens.min(), tokens.max()) if tokens.size else (0, 0)
-        if low < 0 or high >= max(self.vocab_size, 1):
-            raise UserError(f"document {number} has token {low if low < 0 else high}, outside the vocabulary of "
-                            f"{self.vocab_size}", where=where, fix="Use the tokenizer that the vocabulary belongs to")
-
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"cannot be written: {error.strerror}", where=str(self.prefix.parent),
-                            fix="Free space there or choose another folder") from error
-
-    def close(self) -> None:
-        """Puts both files in place, on disk when this returns. On an error nothing is left and it is raised."""
-        if self._bin.closed:
-            return
-        try:
-            with self._disk_errors():
-                _to_disk(self._bin)
-                with open(self._temporary["idx"], "wb") as idx:
-                    idx.write(_index.index_bytes(np.frombuffer(self._sizes, np.int32), self.code))
-                    _to_disk(idx)
-                # Without its .idx an old .bin cannot be opened: a crash between the renames leaves no mixed pair.
-                Path(f"{self.prefix}.idx").unlink(missing_ok=True)
-                for end, temporary in self._temporary.items():
-                    os.replace(temporary, f"{self.prefix}.{end}")
-                disk.sync(self.prefix.parent)
-        except BaseException:
-            self.abort()
-            raise
-
-    def abort(self) -> None:
-        """Drops everything written so far."""
-        with contextlib.suppress(OSError):  # a full disk can fail the last flush too; the file goes anyway
-            self._bin.close()
-        for temporary in self._temporary.values():
-            temporary.unlink(missing_ok=True)
-
-    def __enter__(self) -> IndexedDatasetWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
-
-
-def _to_disk(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from engine.data.ahead import Step, StepReader
-from engine.data.blend import BlendIndex
+from engine.data.blend_plan import BlendPlan, Wanted
 from engine.data.evaluation import EvaluationRows
 from engine.data.index_cache import IndexCache, default_folder
+from engine.data.ledger import Given
 from engine.data.order import TOKENS
-from engine.data.prepared import PreparedSplit, open_split
+from engine.data.prepared import PreparedSplit, open_split, same_tokenizer
 from engine.data.samples import SampleIndex
 from engine.data.stream import TokenStream
 from engine.errors import UserError
@@ -66,17 +67,46 @@ def uncounted(batch: Batch) -> Batch:
 class Loader(StepReader):
     """Reads one split for one data-parallel rank; made by `build`. Close it, or use it as a context manager."""
 
-    def __init__(self, splits: list[PreparedSplit], weights: list[float], *, seq_length: int, seed: int,
+    def __init__(self, splits: list[PreparedSplit], blend: Wanted, *, seq_length: int, seed: int,
                  caches: list[IndexCache], dp_rank: int, dp_size: int, num_workers: int):
         super().__init__(seq_length=seq_length, dp_rank=dp_rank, dp_size=dp_size, num_workers=num_workers)
-        self._splits, self._weights, self._seed, self._caches = splits, weights, seed, caches
+        self._splits, self._blend, self._seed, self._caches = splits, blend, seed, caches
+
+    @functools.cached_property
+    def _indices(self) -> list[SampleIndex]:
+        return [SampleIndex(split.dataset, self.seq_length, self._seed, cache)
+                for split, cache in zip(self._splits, self._caches, strict=True)]
+
+    @functools.cached_property
+    def plan(self) -> BlendPlan:
+        """What each source gives when: of a run that begins, until ``begin`` says otherwise."""
+        return self._blend.plan(self._indices)
 
     @functools.cached_property
     def stream(self) -> TokenStream:
         """The shuffled, blended stream. UserError when a source is smaller than one sample."""
-        sources = [SampleIndex(split.dataset, self.seq_length, self._seed, cache)
-                   for split, cache in zip(self._splits, self._caches, strict=True)]
-        return TokenStream(sources, BlendIndex(self._weights), [split.vocab_size for split in self._splits])
+        return TokenStream(self._indices, self.plan.index, [split.vocab_size for split in self._splits])
+
+    def begin(self, *, steps: int, step: int = 0, position: int = 0, record: dict[str, Any] | None = None
+              ) -> tuple[str, ...]:
+        """Reads for a run of ``steps`` steps that stands at ``step`` and ``position`` (tokens), and whose checkpoint
+        holds ``record``, as ``record`` gave it. -> what has changed in the blend since, for people.
+
+        Raises UserError where the sources do not last for the steps, or the record is of other samples.
+        """
+        self._drop_ahead()
+        self.plan = self._blend.plan(self._indices, step=step, position=position, record=record)
+        self.__dict__.pop("stream", None)
+        self.plan.check_enough(steps)
+        return tuple(self.plan.notes)
+
+    def record(self, position: int) -> dict[str, Any]:
+        """What ``begin`` needs to go on from ``position`` tokens in a later process: plain values."""
+        return self.plan.record(position)
+
+    def given(self, position: int) -> list[Given]:
+        """What each source gave of the run's first ``position`` tokens."""
+        return self.plan.given(position)
 
     @property
     def order(self) -> str:
@@ -117,25 +147,27 @@ class Loader(StepReader):
 def build(cfg: Any, split: str, *, dp_rank: int, dp_size: int) -> Loader:
     """The loader of a split ("train" or "validation") of `cfg.data.path` or of every source of `cfg.data.blend`.
 
-    Raises UserError for a missing, damaged or foreign file, a bad weight, a source listed twice, and, for training,
-    a source smaller than one sample.
+    Raises UserError for a missing, damaged or foreign file, a bad weight, a source listed twice or tokenized by another
+    tokenizer than the first, and, for training, a source smaller than one sample.
     """
     data = cfg.data
     if (data.path is None) == (not data.blend):
         raise UserError("set either data.path or data.blend", where="data",
                         fix="Name a folder written by `mainspring prepare`")
-    entries = [(data.path, 1.0)] if data.path is not None else [(entry.path, entry.weight) for entry in data.blend]
-    paths = [Path(path) for path, _ in entries]
+    paths = [Path(data.path)] if data.path is not None else [Path(entry.path) for entry in data.blend]
+    known: set[Path] = set()
     for place, path in enumerate(paths):
-        if path.resolve() in [other.resolve() for other in paths[:place]]:
+        if path.resolve() in known:
             raise UserError("is listed twice", where=f"data.blend[{place}] {path}", fix="Add up the weights")
+        known.add(path.resolve())
     if data.num_workers < 0:
         raise UserError(f"{data.num_workers} is negative", where="data.num_workers", fix="0 reads without threads")
     seed = cfg.seed if data.shuffle_seed is None else data.shuffle_seed
     caches = [IndexCache(default_folder(path) if data.cache_dir is None else Path(data.cache_dir),
                          required=data.cache_dir is not None) for path in paths]
-    splits = [open_split(path, split) for path in paths]
-    loader = Loader(splits, [weight for _, weight in entries], seq_length=cfg.model.seq_length, seed=seed,
+    splits = [open_split(path, split, remember=cache.folder) for path, cache in zip(paths, caches, strict=True)]
+    same_tokenizer(paths, splits)
+    loader = Loader(splits, Wanted.of(cfg), seq_length=cfg.model.seq_length, seed=seed,
                     caches=caches, dp_rank=dp_rank, dp_size=dp_size, num_workers=data.num_workers)
     if split == "train":
         _ = loader.stream  # too little data is an error now, not at the first step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,24 +17,35 @@ _PREPARE = "Prepare the data again with `mainspring prepare`"
 
 @dataclass(frozen=True)
 class PreparedSplit:
-    """An opened split; vocab_size is None when there is no manifest (files made by Megatron's own tools)."""
+    """An opened split; the rest is None when there is no manifest (files made by Megatron's own tools)."""
 
     dataset: IndexedDataset
     vocab_size: int | None
+    tokenizer_sha256: str | None = None
 
 
-def open_split(directory: Path, split: str) -> PreparedSplit:
-    """Opens `directory/split.bin/.idx` and holds them against the manifest, if there is one.
+def open_split(directory: Path, split: str, *, remember: Path | None = None) -> PreparedSplit:
+    """Opens `directory/split.bin/.idx`, or its shards, and holds them against the manifest, if there is one.
 
-    Raises UserError for a directory or file that is missing, damaged, or not the one the manifest describes.
+    ``remember``: a folder that spares files the checks they passed before (`engine.data.verified`). Raises UserError for a directory or file that is missing, damaged, or not the one the manifest describes.
     """
     if not directory.is_dir():
         problem = "not a directory" if directory.exists() else "no such directory"
         raise UserError(problem, where=str(directory), fix="data.path names a folder written by `mainspring prepare`")
-    dataset = IndexedDataset(directory / split)
+    dataset = IndexedDataset(directory / split, remember=remember)
     manifest = _manifest(directory / "manifest.json")
     _check(dataset, manifest.get("splits", {}).get(split, {}))
-    return PreparedSplit(dataset, manifest.get("vocab_size"))
+    return PreparedSplit(dataset, manifest.get("vocab_size"), manifest.get("tokenizer_sha256"))
+
+
+def same_tokenizer(directories: Sequence[Path], splits: Sequence[PreparedSplit]) -> None:
+    """UserError where one tokenizer did not make all tokens: an id would mean different text in each source."""
+    named = [(path, split.tokenizer_sha256) for path, split in zip(directories, splits, strict=True)
+             if split.tokenizer_sha256 is not None]
+    for path, sha256 in named:
+        if sha256 != named[0][1]:
+            raise UserError(f"was tokenized by another tokenizer than {named[0][0]}", where=str(path),
+                            fix="Prepare it again with --tokenizer of the first")
 
 
 def _manifest(path: Path) -> dict:
@@ -49,11 +61,20 @@ def _manifest(path: Path) -> dict:
 
 
 def _check(dataset: IndexedDataset, described: dict) -> None:
-    found = {"tokens": dataset.num_tokens, "idx_sha256": dataset.fingerprint}
-    if "bin_sha256" in described and dataset.num_tokens * dataset.dtype.itemsize <= HASHED_BYTES:
-        found["bin_sha256"] = dataset.bin_sha256()
+    shards = described.get("shards", [described])
+    if len(shards) != len(dataset.pairs):
+        raise UserError(f"has {len(dataset.pairs)} shards, manifest.json describes {len(shards)}", where=dataset.where,
+                        fix=_PREPARE)
+    hashed = dataset.num_tokens * dataset.dtype.itemsize <= HASHED_BYTES and any("bin_sha256" in s for s in shards)
+    hashes = dataset.bin_sha256() if hashed else [None] * len(shards)
+    for pair, shard, bin_sha256 in zip(dataset.pairs, shards, hashes, strict=True):
+        _compare(pair.idx_path, shard, tokens=pair.num_tokens, idx_sha256=pair.fingerprint)
+        if bin_sha256 is not None:
+            _compare(pair.bin_path, shard, bin_sha256=bin_sha256)
+
+
+def _compare(file: Path, described: dict, **found: int | str) -> None:
     for name, value in found.items():
         if described.get(name, value) != value:
-            file = dataset.bin_path if name == "bin_sha256" else dataset.idx_path
             raise UserError(f"is not the file manifest.json describes ({name} {value}, there {described[name]})",
                             where=str(file), fix=_PREPARE)

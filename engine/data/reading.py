@@ -1,223 +1,256 @@
-"""From files to documents. What cannot be read goes to the quarantine with file, line and reason.
+"""From files to documents. What cannot be read goes to the quarantine with file, row and reason.
 
-Only a file that the user named is an error at once: when it is not text, or when its first line is no record.
+Only a file that the user named is an error at once: when it is not text, or when its first row is no record.
+
+A row is a line of JSON lines and CSV (where the record starts), an element of a JSON array, a row of a table, an item
+of a collector; from 1. In a piece of JSON lines that does not begin its file (`units.Slice`) rows count from 1 at the
+piece's first byte, and places say so: ``path+start:row``. `units.LineNumbers` turns them into ``path:row`` afterwards.
 """
 
 from __future__ import annotations
 
-import codecs
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import BinaryIO, NoReturn, TextIO
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from engine.config.prepare import PrepareConfig
-from engine.data.cleaning import EXCERPT_CHARACTERS, Kind
+from engine.data.cleaning import Kind
+from engine.data.formats import tables
+from engine.data.formats.json_array import json_rows
+from engine.data.formats.lines import Found, decode_utf8, json_lines, kind_name, parse_json
+from engine.data.formats.opening import Counted, buffered, packing_of
+from engine.data.quarantine import Quarantine, Refused
 from engine.data.sources import SourceFile, show
+from engine.data.units import Slice, Unit, plan_units
 from engine.errors import UserError
 
-_CHUNK = 1 << 20
+__all__ = ["Document", "Quarantine", "Reader", "Refused", "Slice", "Unit", "check_bad_fraction", "decode_utf8",
+           "parse_json", "plan_units"]  # fmt: skip
+
 # UTF-16 text and most binary formats that happen to decode are far above, a text with a few stray NULs below.
 _MAX_NUL_SHARE = 0.1
 _CONVERT = "Convert it to UTF-8 (iconv), or leave it out."
 
 
-@dataclass(frozen=True)
-class Document:
-    """``source`` is the file, with ``:line`` for JSONL. A ``truncated`` text stands for one too long to be read."""
+class Document(NamedTuple):
+    """``source`` is the file, with ``:row`` where it has rows. A ``truncated`` text stands for one too long to read."""
 
     text: str
     kind: Kind
     source: str
+    row: int | None = None
     truncated: bool = False
 
 
-class Quarantine:
-    """What could not be read: every item as a line of ``stream``, counts by reason, the first few and the first of each
-    reason as samples."""
-
-    def __init__(self, stream: TextIO, max_samples: int = 20):
-        self.files = 0
-        self.lines = 0
-        self.reasons: Counter[str] = Counter()
-        self.samples: list[dict] = []
-        self._stream = stream
-        self._max_samples = max_samples
-
-    def add(self, path: str, line: int | None, reason: str, detail: str, excerpt: str = "") -> None:
-        item = {"file": path, "line": line, "reason": reason, "detail": detail, "excerpt": excerpt}
-        self.files += line is None
-        self.lines += line is not None
-        self.reasons[reason] += 1
-        if len(self.samples) < self._max_samples or self.reasons[reason] == 1:
-            self.samples.append(item)
-        self._stream.write(json.dumps(item) + "\n")
-
-    def as_manifest(self) -> dict:
-        return {
-            "files": self.files,
-            "lines": self.lines,
-            "reasons": dict(sorted(self.reasons.items())),
-            "samples": self.samples,
-        }
-
-
-class Refused(Exception):
-    """A file or line that holds nothing of use."""
-
-    def __init__(self, reason: str, detail: str, fix: str = "Mend or remove it."):
-        super().__init__(detail)
-        self.reason, self.detail, self.fix = reason, detail, fix
-
-
 class Reader:
-    """Reads files one by one. When ``read(file)`` is exhausted, ``sha256`` and ``size`` (bytes) are that file's."""
+    """Reads pieces of files one by one.
+
+    When ``read(piece)`` is exhausted, ``sha256`` and ``size`` are those of the raw bytes of the piece, compressed as
+    they are; of Parquet and Arrow those of the file with the first piece, of nothing with the others; of a collector
+    `Collector.identity` and the bytes of text. ``lines`` is how many lines a piece of JSON lines has, where
+    the file was cut. In between ``size`` is how many bytes were read so far.
+    """
 
     def __init__(self, config: PrepareConfig, quarantine: Quarantine):
         self.config = config
         self.quarantine = quarantine
-        self.records = 0  # lines of JSONL that are not blank, good and bad
+        self.records = 0  # rows, good and bad, of all pieces so far
         self.first_bad: str | None = None
         self.sha256 = ""
-        self.size = 0
+        self.lines = 0
+        self._size = 0
+        self._raw: Counted | None = None
+        self._limit = int(config.max_line_mb * 1e6)
 
-    def read(self, file: SourceFile) -> Iterator[Document]:
-        """The file's documents. UserError where the user named this very file and it is not what it should be."""
-        self._digest = hashlib.sha256()
-        self.size, self.sha256 = 0, ""
-        path = show(file.path)
-        try:
-            with open(file.path, "rb") as stream:
-                if file.kind == "jsonl":
-                    yield from self._jsonl(file, stream)
-                else:
-                    yield self._whole(file, stream)
-        except Refused as bad:
-            self._refuse_file(file, path, bad)
-        except OSError as error:
-            self._refuse_file(file, path, Refused("unreadable", error.strerror or str(error), "Check its permissions."))
+    def read(self, piece: Slice | SourceFile) -> Iterator[Document]:
+        """The documents, in order. UserError where the user named this very file and it is not what it should be."""
+        piece = Slice(piece) if isinstance(piece, SourceFile) else piece
+        self.sha256, self.lines, self._size, self._raw = "", 0, 0, None
+        if piece.file.kind == "collector":
+            yield from self._collected(piece)
             return
-        self.sha256 = self._digest.hexdigest()
+        before = self.records
+        try:
+            with open(piece.file.path, "rb", buffering=0) as stream:
+                raw = self._raw = Counted(stream, *self._bytes_of(piece, stream))
+                try:
+                    if piece.file.kind in ("prose", "code"):
+                        yield self._whole(piece.file, piece.file.kind, raw)
+                    else:
+                        yield from self._records(piece, raw)
+                except Refused as bad:
+                    self._refuse_file(piece.file, bad, self.records - before)
+                if piece.file.kind not in ("parquet", "arrow") or piece.start == 0:
+                    raw.drain()
+                self.sha256 = raw.sha256
+        except OSError as error:
+            problem = Refused("unreadable", error.strerror or str(error), "Check its permissions.")
+            self._refuse_file(piece.file, problem, self.records - before)
+
+    @property
+    def size(self) -> int:
+        """Raw bytes of this piece that were read so far."""
+        return self._size if self._raw is None else self._raw.size
 
     def check_bad_fraction(self) -> None:
-        """UserError once more JSONL lines than ``max_bad_fraction`` were unusable. Called after the last file."""
-        bad = self.quarantine.lines
-        if bad > self.config.max_bad_fraction * self.records:
-            raise UserError(
-                f"{bad:,} of {self.records:,} JSONL lines are unusable, allowed {self.config.max_bad_fraction:.2%}; "
-                f"the first is {self.first_bad}",
-                fix="Mend them, or raise --max_bad_fraction.",
-            )
+        """UserError once more rows than ``max_bad_fraction`` were unusable. Called after the last file."""
+        check_bad_fraction(self.config, self.records, self.quarantine.lines, self.first_bad)
 
-    def _refuse_file(self, file: SourceFile, path: str, bad: Refused) -> None:
+    def _bytes_of(self, piece: Slice, stream: io.RawIOBase) -> tuple[int, int | None]:
+        """Where the piece lies. UserError where the file is no longer the one that was cut into pieces."""
+        if piece.file.kind != "jsonl" or piece.whole:
+            return 0, None
+        size = os.fstat(stream.fileno()).st_size
+        if piece.start:
+            stream.seek(piece.start - 1)
+            if stream.read(1) != b"\n":
+                size = 0
+        if piece.end is not None and size < piece.end:
+            raise UserError("was changed while it was read", where=show(piece.file.path),
+                            fix="Start again once it is complete.")  # fmt: skip
+        return piece.start, piece.end
+
+    def _refuse_file(self, file: SourceFile, bad: Refused, rows: int) -> None:
+        behind = f", after {rows:,} rows" if rows else ""
         if file.direct:
-            raise UserError(bad.detail, where=path, fix=bad.fix)
-        self.quarantine.add(path, None, bad.reason, bad.detail)
+            raise UserError(bad.detail + behind, where=show(file.path), fix=bad.fix)
+        self.quarantine.add(show(file.path), None, bad.reason, bad.detail + behind)
 
-    def _read(self, stream: BinaryIO, size: int) -> bytes:
-        raw = stream.read(size)
-        self._count(raw)
-        return raw
-
-    def _count(self, raw: bytes) -> None:
-        self._digest.update(raw)
-        self.size += len(raw)
-
-    def _whole(self, file: SourceFile, stream: BinaryIO) -> Document:
+    def _whole(self, file: SourceFile, kind: Kind, raw: Counted) -> Document:
         # A character has at most four bytes, so what is beyond this is beyond max_characters too.
         limit = 4 * self.config.max_characters
-        raw = self._read(stream, limit)
-        while self._read(stream, _CHUNK):
-            pass
-        truncated = self.size > limit
-        text = decode_utf8(raw, final=not truncated)
-        if raw.count(0) > _MAX_NUL_SHARE * len(raw):
+        stream = buffered(raw, packing_of(file.path))
+        content = stream.read(limit)
+        truncated = len(content) == limit and bool(stream.read(1))
+        text = decode_utf8(content, final=not truncated)
+        if content.count(0) > _MAX_NUL_SHARE * len(content):
             raise Refused("not_text", "not a text file (NUL bytes)", _CONVERT)
-        return Document(text, _text_kind(file), show(file.path), truncated)
+        return Document(text, kind, show(file.path), None, truncated)
 
-    def _jsonl(self, file: SourceFile, stream: BinaryIO) -> Iterator[Document]:
-        path, first = show(file.path), True
-        for number, raw in self._lines(stream):
-            if raw is not None and not raw.strip():
-                continue
+    def _records(self, piece: Slice, raw: Counted) -> Iterator[Document]:
+        """A document of each good row; the others go to the quarantine."""
+        file, kind, name = piece.file, self.config.jsonl_kind, self.config.text_field
+        start = piece.start if file.kind == "jsonl" else 0
+        prefix = f"{show(file.path)}+{start}:" if start else f"{show(file.path)}:"
+        first = piece.start == 0
+        for row, found in self._rows(piece, raw):
+            self.records += 1
+            # The usual record needs no more than this line; `_text_of` says what is wrong with any other.
+            text = found.get(name) if type(found) is dict else None
+            if type(text) is not str:
+                try:
+                    text = _text_of(found, name, file.kind)
+                except Refused as bad:
+                    self._refuse_row(file, row, bad, first, start)
+                    first = False
+                    continue
+            first = False
+            yield Document(text, kind, f"{prefix}{row}", row)
+
+    def _rows(self, piece: Slice, raw: Counted) -> Found:
+        file, name = piece.file, self.config.text_field
+        if file.kind == "parquet":
+            return tables.parquet_rows(file.path, piece.start, piece.end, name)
+        if file.kind == "arrow":
+            return tables.arrow_rows(file.path, piece.start, piece.end, name)
+        stream = buffered(raw, packing_of(file.path))
+        if file.kind == "jsonl":
+            read = stream.read if piece.whole else self._counting(stream)
+            return json_lines(read, self._limit, first=piece.start == 0)
+        if file.kind == "json":
+            return json_rows(stream, self._limit, lambda row: _value(row, name) is not _MISSING)
+        assert file.kind in ("csv", "tsv"), file.kind
+        return tables.separated(stream, "," if file.kind == "csv" else "\t", self._limit)
+
+    def _counting(self, stream: io.BufferedReader) -> Callable[[int], bytes]:
+        def read(size: int) -> bytes:
+            chunk = stream.read(size)
+            self.lines += chunk.count(b"\n")
+            return chunk
+
+        return read
+
+    def _refuse_row(self, file: SourceFile, row: int, bad: Refused, first: bool, start: int) -> None:
+        path = show(file.path)
+        place = f"{path}+{start}:{row}" if start else f"{path}:{row}"
+        if file.direct and first:
+            raise UserError(bad.detail, where=place, fix=bad.fix) from None
+        if first and bad.reason == "no_text_field" and file.kind != "jsonl":
+            self.records -= 1
+            raise bad  # in a folder, a table or an array of something else; JSON lines are looked at one by one
+        self.first_bad = self.first_bad or f"{place}: {bad.detail}"
+        self.quarantine.add(path, row, bad.reason, bad.detail, bad.excerpt, start=start)
+
+    def _collected(self, piece: Slice) -> Iterator[Document]:
+        from engine.data import collectors
+
+        collector = collectors.load(piece.file.path)
+        name, kind = self.config.text_field, self.config.jsonl_kind
+        for place, row, found in collectors.items(collector, piece.start, piece.end):
             self.records += 1
             try:
-                text = self._text_of(raw)
+                text = found if isinstance(found, str) else _text_of(found, name, "collector")
             except Refused as bad:
-                if file.direct and first:
-                    raise UserError(bad.detail, where=f"{path}:{number}", fix=bad.fix) from None
-                self.first_bad = self.first_bad or f"{path}:{number}: {bad.detail}"
-                excerpt = b"" if raw is None else raw[:EXCERPT_CHARACTERS]
-                self.quarantine.add(path, number, bad.reason, bad.detail, excerpt.decode("utf-8", "backslashreplace"))
+                if row == 1:
+                    raise UserError(bad.detail, where=f"{place}:{row}", fix=bad.fix) from None
+                self.first_bad = self.first_bad or f"{place}:{row}: {bad.detail}"
+                self.quarantine.add(place, row, bad.reason, bad.detail, bad.excerpt)
             else:
-                yield Document(text, self.config.jsonl_kind, f"{path}:{number}")
-            first = False
+                self._size += len(text.encode("utf-8", "surrogatepass"))
+                yield Document(text, kind, f"{place}:{row}", row)
+        self.sha256 = collector.identity()
 
-    def _lines(self, stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-        """Numbered lines; None for one longer than ``max_line_mb``, which is passed over a chunk at a time."""
-        limit = int(self.config.max_line_mb * 1e6)
-        number = 0
-        while raw := stream.readline(limit):
-            number += 1
-            self._count(raw)
-            if len(raw) < limit or raw.endswith(b"\n"):
-                yield number, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-                continue
-            while not raw.endswith(b"\n") and (raw := stream.readline(_CHUNK)):
-                self._count(raw)
-            yield number, None
 
-    def _text_of(self, raw: bytes | None) -> str:
-        if raw is None:
-            raise Refused("line_too_long", f"longer than {self.config.max_line_mb:g} MB", "Raise --max_line_mb.")
-        # Without its end: else a cut record is reported at column 1 of the next line.
-        record = parse_json(decode_utf8(raw).rstrip("\r\n"))
-        if not isinstance(record, dict):
-            raise Refused("not_an_object", f"a JSON {_NAMES.get(type(record), 'null')}, not an object with fields")
-        name = self.config.text_field
-        if name not in record:
-            raise Refused("no_text_field", f"no field {name!r} (fields: {_some(record)})", "Name it with --text_field.")
-        if not isinstance(record[name], str):
-            detail = f"field {name!r} holds {_NAMES.get(type(record[name]), 'null')}, not text"
-            raise Refused("text_not_a_string", detail, "Name another with --text_field.")
+def check_bad_fraction(config: PrepareConfig, records: int, bad: int, first_bad: str | None) -> None:
+    """UserError where more of the ``records`` rows than ``max_bad_fraction`` are unusable; the counts of several
+    readers added up, and the first that any of them names."""
+    if bad > config.max_bad_fraction * records:
+        raise UserError(
+            f"{bad:,} of {records:,} records are unusable, allowed {config.max_bad_fraction:.2%}; "
+            f"the first is {first_bad}",
+            fix="Mend them, or raise --max_bad_fraction.",
+        )
+
+
+_MISSING = object()
+
+
+def _value(record: dict, name: str) -> object:
+    """The field of this name, else what a dotted path leads to."""
+    if name in record:
         return record[name]
+    found: object = record
+    for part in name.split("."):
+        if not isinstance(found, dict) or part not in found:
+            return _MISSING
+        found = found[part]
+    return found
 
 
-_NAMES = {list: "array", dict: "object", str: "string", int: "number", float: "number", bool: "boolean"}
+def _text_of(record: object, name: str, kind: str) -> str:
+    if isinstance(record, Refused):
+        raise record
+    if not isinstance(record, dict):
+        raise Refused("not_an_object", f"{kind_name(record)}, neither text nor an object with fields")
+    value = _value(record, name)
+    if value is _MISSING:
+        detail = f"no field {name!r} (fields: {_some(record)})"
+        raise Refused("no_text_field", detail, "Name it with --text_field.", _excerpt(record))
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):  # Parquet files of writers that do not mark text as such
+        return decode_utf8(value)
+    if value is None and kind in ("csv", "tsv"):  # an empty field
+        return ""
+    detail = f"field {name!r} holds {kind_name(value)}, not text"
+    raise Refused("text_not_a_string", detail, "Name another with --text_field.", _excerpt(record))
 
 
-def _text_kind(file: SourceFile) -> Kind:
-    assert file.kind != "jsonl"
-    return file.kind
+def _excerpt(record: dict) -> bytes:
+    return repr(record)[:200].encode("utf-8", "backslashreplace")
 
 
-def _some(record: dict) -> str:
-    names = [name[:40] for name in list(record)[:10]]
-    return (", ".join(names) + (", …" if len(record) > 10 else "")) or "none"
-
-
-def decode_utf8(raw: bytes, *, final: bool = True) -> str:
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise Refused("not_utf8", "UTF-16 text, not UTF-8", "Convert it with: iconv -f UTF-16 -t UTF-8.")
-    try:
-        return codecs.getincrementaldecoder("utf-8")().decode(raw, final)
-    except UnicodeDecodeError as error:
-        detail = f"not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {error.start:,})"
-        raise Refused("not_utf8", detail, _CONVERT) from None
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def parse_json(line: str) -> object:
-    try:
-        return json.loads(line, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        raise Refused("not_json", f"not JSON ({error.msg} at column {error.colno:,})") from None
-    except ValueError as error:  # NaN, Infinity, an integer of more than 4300 digits
-        raise Refused("not_json", f"not JSON ({error})") from None
-    except RecursionError:
-        raise Refused("too_deep", "nested too deeply to parse", "Flatten it.") from None
+def _some(record: Iterable[object]) -> str:
+    names = [str(name)[:40] for name in record]
+    return (", ".join(names[:10]) + (", …" if len(names) > 10 else "")) or "none"

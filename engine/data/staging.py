@@ -22,21 +22,50 @@ def _sibling(output: Path, role: str) -> Path:
     return output.with_name(f".{output.name}.{role}")
 
 
+def folder_of(output: Path) -> Path:
+    """Where ``output`` is built."""
+    return _sibling(output, "preparing")
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[Path]:
+    """``folder_of(output)``, which nobody else works in meanwhile, with what an earlier run left in it.
+
+    It stays afterwards, unless it is empty or was removed. Raises UserError if another process has it.
+    """
+    folder = folder_of(output)
+    lock = _locked(folder, output)
+    try:
+        yield folder
+    finally:
+        if _is_same(folder, lock):
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+        os.close(lock)
+
+
 @contextlib.contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """An empty directory to build in. Gone afterwards, unless `publish` moved it; what a kill left is removed first.
 
     Raises UserError if another process is building the same output.
     """
-    folder = _sibling(output, "preparing")
-    lock = _locked(folder, output)
-    try:
+    with locked(output) as folder:
         _clear(folder)
-        yield folder
-    finally:
-        if _is_same(folder, lock):
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        identity = folder.stat()
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(folder.stat(), identity):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def discard(output: Path) -> None:
+    """Removes what a killed run left to go on with, unless somebody is at work in it."""
+    if folder_of(output).exists():
+        with contextlib.suppress(UserError), locked(output) as folder:
+            _clear(folder)
 
 
 def publish(folder: Path, output: Path) -> None:
@@ -56,7 +85,7 @@ def recover(output: Path) -> None:
     replaced = _sibling(output, "replaced")
     if not replaced.exists():
         return
-    with staged(output):  # holds the lock: nobody is between the two renames now
+    with locked(output):  # nobody is between the two renames now
         if replaced.exists() and not output.exists():
             os.rename(replaced, output.resolve())
         shutil.rmtree(replaced, ignore_errors=True)

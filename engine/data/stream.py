@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine import _index
 from engine.data.blend import BlendIndex
+from engine.data.indexed import reading
 from engine.data.samples import SampleIndex
 from engine.errors import UserError
 
@@ -21,45 +23,37 @@ class TokenStream:
     def __init__(self, sources: Sequence[SampleIndex], blend: BlendIndex, vocab_sizes: Sequence[int | None]):
         self.sources, self.blend, self._vocab_sizes = list(sources), blend, list(vocab_sizes)
         self.seq_length = sources[0].seq_length
+        self._datasets, self._orders = [s.dataset for s in sources], [s.order for s in sources]
 
-    def _pieces(self, position_b: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(block [p] of the stream, [p, 3] = offset in the block, length, place in the flat batch)."""
-        block_b, offset_b = np.divmod(position_b, self.seq_length)
-        length_b = np.minimum(seq_length, self.seq_length - offset_b)
-        place_b = np.arange(len(position_b), dtype=np.int64) * seq_length
-        head_b3 = np.stack([offset_b, length_b, place_b], axis=1)
-        tail_b3 = np.stack([np.zeros_like(offset_b), seq_length - length_b, place_b + length_b], axis=1)
-        pieces_p3, block_p = np.concatenate([head_b3, tail_b3]), np.concatenate([block_b, block_b + 1])
-        present = pieces_p3[:, 1] > 0
-        return block_p[present], pieces_p3[present]
+    def _pieces(self, position_b: np.ndarray, seq_length: int) -> np.ndarray:
+        """[p, 5] = source, its n-th block, offset in the block, length, place in the flat batch."""
+        pieces_p5 = _index.pieces(position_b, seq_length, self.seq_length)
+        pieces_p5[:, 0], pieces_p5[:, 1] = self.blend.locate(pieces_p5[:, 1])
+        return pieces_p5
 
     def read(self, position_b: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens_bs, labels_bs), int64, of rows of ``seq_length`` <= S tokens from int64 positions."""
         tokens_bs = np.empty((len(position_b), seq_length), np.int64)
         labels_bs = np.empty_like(tokens_bs)
-        block_p, pieces_p3 = self._pieces(position_b, seq_length)
-        source_p, own_p = self.blend.locate(block_p)
-        for number in np.unique(source_p):
-            chosen, source = source_p == number, self.sources[number]
-            seen = source.read(*source.locate(own_p[chosen]), pieces_p3[chosen], tokens_bs, labels_bs)
-            check_vocabulary(source.dataset.bin_path, seen, self._vocab_sizes[number])
+        pieces_p5 = self._pieces(position_b, seq_length)
+        with reading(self._datasets):
+            ranges = _index.gather(self._orders, pieces_p5, tokens_bs, labels_bs)
+        for dataset, vocab_size, seen in zip(self._datasets, self._vocab_sizes, ranges, strict=True):
+            check_vocabulary(dataset.where, seen, vocab_size)
         return tokens_bs, labels_bs
 
     def ids(self, position_b: np.ndarray, seq_length: int) -> list[tuple[tuple[int, int, int, int, int], ...]]:
         """What each row reads, piece by piece: (source, epoch, block of that epoch's row, offset, length)."""
-        block_p, pieces_p3 = self._pieces(position_b, seq_length)
-        source_p, own_p = self.blend.locate(block_p)
-        found: dict[int, list] = {}
-        for source, own, (offset, length, place) in zip(source_p, own_p, pieces_p3, strict=True):
+        found: list[list[tuple[int, int, int, int, int]]] = [[] for _ in position_b]
+        for source, own, offset, length, place in self._pieces(position_b, seq_length).tolist():
             epoch, block = self.sources[source].locate(np.array([own]))
-            piece = (int(source), int(epoch[0]), int(block[0]), int(offset), int(length))
-            found.setdefault(int(place) // seq_length, []).append(piece)
-        return [tuple(found[row]) for row in range(len(position_b))]
+            found[place // seq_length].append((source, int(epoch[0]), int(block[0]), offset, length))
+        return [tuple(pieces) for pieces in found]
 
 
-def check_vocabulary(path, seen: tuple[int, int], vocab_size: int | None) -> None:
-    """UserError when the smallest or largest token read is not one of ``vocab_size``."""
-    if vocab_size is not None and not 0 <= seen[0] <= seen[1] < vocab_size:
-        wrong = seen[0] if seen[0] < 0 else seen[1]
-        raise UserError(f"holds token {wrong}, outside the vocabulary of {vocab_size} in manifest.json",
-                        where=str(path), fix="Prepare the data again with `mainspring prepare`")
+def check_vocabulary(where: str, seen: tuple[int, int], vocab_size: int | None) -> None:
+    """UserError when the smallest or largest token read is not one of ``vocab_size``; (larger, smaller) is nothing."""
+    low, high = seen
+    if vocab_size is not None and low <= high and not 0 <= low <= high < vocab_size:
+        raise UserError(f"holds token {low if low < 0 else high}, outside the vocabulary of {vocab_size} in "
+                        "manifest.json", where=where, fix="Prepare the data again with `mainspring prepare`")

@@ -6,16 +6,21 @@ end there. A tokenizer's identity is ``sha256``, of its content, wherever it lie
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import tokenizers
 
+from engine import _tokenize
+from engine.data import fast_bpe
 from engine.data.tokenizer_training import EOD, PAD, special_tokens, train_bpe, train_unigram, words
 from engine.errors import UserError
 
@@ -40,6 +45,43 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, nothing added; control tokens in the text are spelt out."""
+
+    @property
+    def slow(self) -> str:
+        """Why `encode_packed` is left to the library, "" where our own C++ does it."""
+        return "a SentencePiece model"
+
+    @property
+    def fast(self) -> bool:
+        """Whether `encode_packed` is our own C++, 20 times as fast as the library (figures: docs/data.md)."""
+        return not self.slow
+
+    def encode_packed(
+        self, texts: Sequence[str | bytes], threads: int = 1, *, end: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of all texts one after another int32 [total], how many of each int64 [n]): those of `encode_batch`.
+
+        ``end``: an id to put behind each text, counted with it (``eod_id``, say). ``threads`` 0: the available cores;
+        the result does not depend on it. Bytes must be UTF-8. Raises UserError for text that is not.
+        """
+        return _pack(self._encode_on(_as_str(texts), threads), end)
+
+    def encode_spans(
+        self, buffer: bytes | bytearray | memoryview, sizes: np.ndarray, threads: int = 1, *, end: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_packed` of texts that stand one behind the other in one buffer; ``sizes``: bytes of each, int64 [n].
+
+        No text is copied or becomes a Python object. The sizes must add up to the buffer's.
+        """
+        ends = np.cumsum(sizes)
+        if (ends[-1] if len(ends) else 0) != len(buffer) or (np.asarray(sizes) < 0).any():
+            raise ValueError("the sizes do not fit the buffer")
+        view = memoryview(buffer)
+        texts = [bytes(view[stop - size : stop]) for stop, size in zip(ends, sizes, strict=True)]
+        return self.encode_packed(texts, threads, end=end)
+
+    def _encode_on(self, texts: list[str], threads: int) -> list[list[int]]:
+        return self.encode_batch(texts)
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -90,6 +132,57 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         self.eod_token = _find_eod(vocabulary, self._config, eod_token, where)
         self.eod_id = vocabulary[self.eod_token]
+
+    @cached_property
+    def _encoder(self) -> _tokenize.Encoder | str:
+        try:
+            return fast_bpe.build(self._model)
+        except fast_bpe.NotFast as reason:
+            return str(reason)
+
+    @property
+    def slow(self) -> str:
+        return self._encoder if isinstance(self._encoder, str) else ""
+
+    def encode_packed(
+        self, texts: Sequence[str | bytes], threads: int = 1, *, end: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(self._encoder, str):
+            return super().encode_packed(texts, threads, end=end)
+        with _utf8():
+            ids, lengths = self._encoder.encode(texts, -1 if end is None else end, threads)
+        return self._with_left_out(ids, lengths, lambda number: _as_str([texts[number]])[0], end)
+
+    def encode_spans(
+        self, buffer: bytes | bytearray | memoryview, sizes: np.ndarray, threads: int = 1, *, end: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(self._encoder, str):
+            return super().encode_spans(buffer, sizes, threads, end=end)
+        sizes = np.ascontiguousarray(sizes, np.int64)
+        with _utf8():
+            ids, lengths = self._encoder.encode_spans(buffer, sizes, -1 if end is None else end, threads)
+        if (lengths >= 0).all():
+            return ids, lengths
+        view, ends = memoryview(buffer), np.cumsum(sizes)
+        return self._with_left_out(ids, lengths, lambda n: str(view[ends[n] - sizes[n] : ends[n]], "utf-8"), end)
+
+    def _with_left_out(
+        self, ids: np.ndarray, lengths: np.ndarray, text: Callable[[int], str], end: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Texts that have to be normalised first (length -1) are the library's, put where they belong."""
+        numbers = np.flatnonzero(lengths < 0)
+        if not len(numbers):
+            return ids, lengths
+        found = self.encode_batch([text(int(number)) for number in numbers])
+        more, lengths[numbers] = _pack(found, end)
+        starts = (np.cumsum(lengths) - lengths)[numbers]
+        where = np.repeat(starts - np.cumsum(lengths[numbers]) + lengths[numbers], lengths[numbers])
+        where += np.arange(len(more))
+        merged = np.empty(len(ids) + len(more), np.int32)
+        theirs = np.zeros(len(merged), bool)
+        theirs[where] = True
+        merged[theirs], merged[~theirs] = more, ids
+        return merged, lengths
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -146,7 +239,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod_id = vocabulary[self.eod_token]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._model.encode(list(texts), add_bos=False, add_eos=False)
+        return self._encode_on(list(texts), 1)
+
+    def _encode_on(self, texts: list[str], threads: int) -> list[list[int]]:
+        threads = threads or _tokenize.available_cores()
+        return self._model.encode(texts, add_bos=False, add_eos=False, num_threads=min(threads, max(1, len(texts))))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(token) for token in ids])
@@ -270,6 +367,26 @@ def _config_beside(file: Path, in_directory: bool) -> dict:
 def _write_config(directory: Path, config: dict, eod_token: str) -> None:
     text = json.dumps(config | {"eod_token": eod_token}, indent=2, ensure_ascii=False)
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _as_str(texts: Sequence[str | bytes]) -> list[str]:
+    with _utf8():
+        return [text if isinstance(text, str) else text.decode() for text in texts]
+
+
+def _pack(found: list[list[int]], end: int | None) -> tuple[np.ndarray, np.ndarray]:
+    tail = () if end is None else (end,)
+    lengths = np.array([len(ids) + len(tail) for ids in found], np.int64)
+    every = chain.from_iterable(chain(ids, tail) for ids in found)
+    return np.fromiter(every, np.int32, count=int(lengths.sum())), lengths
+
+
+@contextlib.contextmanager
+def _utf8() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error), where="text to encode", fix="Repair it first; `mainspring prepare` does") from None
 
 
 def _not_a_tokenizer(where: str, detail: str) -> UserError:

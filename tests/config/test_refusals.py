@@ -164,6 +164,22 @@ REFUSALS = [
      "data.blend: data.path and data.blend are both set. Keep one; put the path into the blend with its weight"),
     ({"data": {"blend": [{"path": "b"}, {"path": "b"}]}},
      "data.blend.1.path: b is listed twice. Merge the two entries into one weight"),
+    ({"data": {"blend": [{"path": "a"}, {"path": "b", "weight": None}]}},
+     "data.blend.1.weight: is null, but other entries have a weight. Give every entry one, or set all to null"),
+    ({"data": {"blend": [{"path": "a", "weight": 0}]}},
+     "data.blend: no entry has a weight above 0. Give at least one entry a positive weight"),
+    ({"data": {"path": "a", "blend_changes": [{"step": 1, "weights": [1]}]}},
+     "data.blend_changes: is set, but data.blend is empty. Remove it, or name a blend"),
+    ({"data": {"path": "a", "blend_by": "documents"}},
+     "data.blend_by: is set, but data.blend is empty. Remove it, or name a blend"),
+    ({"data": {"blend": [{"path": "a"}], "blend_changes": [{"step": 1, "weights": [1, 2]}]}},
+     "data.blend_changes.0.weights: 2 weights for 1 entries of data.blend. Give one for each entry, in their order"),
+    ({"data": {"blend": [{"path": "a"}], "blend_changes": [{"step": 5, "weights": [1]}, {"step": 5, "weights": [2]}]}},
+     "data.blend_changes.1.step: step 5 does not come after step 5. List the changes in ascending order of steps"),
+    ({"data": {"blend": [{"path": "a"}], "blend_changes": [{"step": 5, "weights": [0]}]}},
+     "data.blend_changes.0.weights: no entry has a weight above 0. Give at least one entry a positive weight"),
+    ({"data": {"blend": [{"path": "a"}], "blend_changes": [{"step": 5, "weights": [-1]}]}},
+     "data.blend_changes.0.weights.0: -1.0 is no weight. Give a number that is not negative"),
     # experts and what only some backends have
     ({"model": {**MOE, "linear_bias": True, "moe": {"shared_ffn_hidden_size": 64}}},
      "model.moe.shared_ffn_hidden_size: a shared expert has no biases, but model.linear_bias is true. "
@@ -272,7 +288,7 @@ def test_several_problems_are_counted():
     ({"data": {"blend": [{"weight": 1}]}}, "data.blend.0.path: is required: a path (text; quote it if it looks like a "
      "number)"),
     ({"data": {"blend": "x"}}, "data.blend: got 'x', expected a list, each item a mapping with the fields path, "
-     "weight"),
+     "weight, max_epochs"),
     ({"model": {"num_layers": 10**5000}}, "model.num_layers: got a number of more than 60 digits, expected a whole "
      "number from 1 to 10,000"),
     ({"trian": {}}, "trian: unknown field. Did you mean train?"),

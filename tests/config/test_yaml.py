@@ -154,7 +154,7 @@ def test_values_of_a_file(tmp_path):
      "{path}:2: parallel.tensor: 4 does not divide model.num_attention_heads (6). The nearest layout that works: "
      "parallel.tensor 2"),
     ("data:\n  blend:\n    - path: a\n    - {path: b, weight: -1}\n", "{path}:4: data.blend.1.weight: got -1, "
-     "expected a number above 0"),
+     "expected a number at least 0, or null"),
     ("train:\n  batch_size_schedule:\n    start: 4\n", "{path}:2: train.batch_size_schedule.every_steps: is required: "
      "a whole number from 1 to 1,000,000,000,000"),
     ("logging:\n", "{path}:1: logging: got null, expected a mapping with the fields logging_steps, tensorboard, wandb, "

@@ -20,7 +20,7 @@ from engine.data import manifest as manifests
 from engine.data import staging
 from engine.data.indexed import IndexedDataset
 from engine.data.prepare import main, prepare
-from engine.data.spool import Spool, choose_sample, choose_validation, split_key
+from engine.data.spool import split_key
 from engine.data.tokenizer import load_tokenizer, train_tokenizer
 from engine.errors import UserError
 
@@ -89,7 +89,7 @@ def test_every_document_comes_back_exactly_in_order(corpus):
         ]
     assert leftovers(corpus) == []
     assert sorted(digests(out)) == sorted([
-        "manifest.json", "quarantine.jsonl", "sources.jsonl", "tokenizer/tokenizer.json",
+        "manifest.json", "quarantine.jsonl", "sources.jsonl", "shards.jsonl", "tokenizer/tokenizer.json",
         "tokenizer/tokenizer_config.json", "train.bin", "train.idx", "validation.bin", "validation.idx",
     ])  # fmt: skip
     assert manifest == json.loads((out / "manifest.json").read_text()) == manifests.load(out)
@@ -227,36 +227,11 @@ def test_split_is_stable_when_data_is_added(corpus):
     assert set(texts_of(corpus.parent / "out3", "validation")) != after["validation"]
 
 
-def test_validation_has_a_document_where_there_are_two():
-    keys = np.array([9, 2**63, 5, 2**64 - 1], np.uint64)
-    assert choose_validation(keys, 0.5).tolist() == [True, False, True, False]
-    assert choose_validation(keys, 1e-19).tolist() == [False, False, True, False]
-    assert choose_validation(keys[[0, 2]], 0.5).tolist() == [False, True]
-    assert choose_validation(keys[:1], 0.5).tolist() == [False]
-    assert choose_validation(keys, 0).tolist() == [False] * 4
-
-
 def test_one_document_gives_an_empty_validation_split(tmp_path):
     (tmp_path / "a.txt").write_text(sentence(1))
     manifest = prepare(PrepareConfig(input=[tmp_path / "a.txt"], output=tmp_path / "out", vocab_size=300))
     assert texts_of(tmp_path / "out", "train") == [sentence(1)]
     assert manifest["splits"]["validation"]["documents"] == len(IndexedDataset(tmp_path / "out/validation")) == 0
-
-
-def test_tokenizer_sample_keeps_to_its_budget(tmp_path):
-    spool = Spool(tmp_path / "spool")
-    keys = [int.from_bytes(hashlib.sha256(bytes([n % 256, n // 256])).digest()[:8], "big") for n in range(2000)]
-    with open(spool.path, "wb") as stream:
-        for number, key in enumerate(keys):
-            spool.append(stream, b"x" * (number % 7), key)
-    held_out = choose_validation(spool.keys, 0.1)
-    lengths = np.array(spool.lengths)
-    everything = choose_sample(spool, held_out, budget=1e9)
-    assert (everything == ~held_out).all()
-    some = choose_sample(spool, held_out, budget=1000)
-    assert not (some & held_out).any()
-    assert 800 < lengths[some].sum() < 1200
-    assert choose_sample(spool, held_out, budget=1e-6).sum() == 1
 
 
 def test_existing_tokenizer(corpus):
@@ -293,7 +268,7 @@ def test_tokenizer_that_loses_text_is_called_out(corpus):
     ("make", "change", "message"),
     [
         (lambda root: None, {"min_characters": 5000}, "removed all 27 documents; rule too_short (fewer than min_char"),
-        (lambda root: (root / "more.jsonl").write_text("{}\n" * 9), {}, "9 of 9 JSONL lines are unusable, allowed 10"),
+        (lambda root: (root / "more.jsonl").write_text("{}\n" * 9), {}, "9 of 9 records are unusable, allowed 10"),
         (lambda root: None, {"text_field": "body"}, "more.jsonl:1: no field 'body' (fields: text)"),
         (lambda root: None, {"input": ["/nowhere"]}, "/nowhere: no such file or folder"),
         (lambda root: (root.parent / "out").write_text("x"), {}, "out: is a file. Choose another --output"),
@@ -357,7 +332,7 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("limit", "reached"), [(1_000, "sources.jsonl"), (50_000, "documents.spool"), (150_000, "train.bin.tmp")]
+    ("limit", "reached"), [(1_000, "sources.jsonl"), (50_000, "/text"), (150_000, "train.bin.tmp")]
 )
 def test_full_disk(corpus, limit, reached):
     """Writes past ``limit`` fail with the system's error: nothing is left, and the former directory is as it was."""
@@ -379,13 +354,13 @@ def test_full_disk(corpus, limit, reached):
 @pytest.mark.parametrize(
     ("event", "ending", "vocab_size"),
     [
-        ("open", "documents.spool", 400),
+        ("open", "/documents", 400),
         ("open", "tokenizer_config.json", 400),
         ("os.rename", "/train.bin", 400),
         ("os.rename", "/validation.idx", 400),
         ("open", "manifest.json", 400),
         ("os.rename", ".out.replaced", 400),
-        ("os.rename", ".out.preparing", 400),
+        ("os.rename", ".out.preparing/output", 400),
         ("shutil.rmtree", ".out.replaced", 300),
     ],
 )

@@ -1,107 +1,159 @@
-"""Sample order against naive Python: the random numbers, the cut into blocks, and the cache on disk."""
+"""Sample order against naive Python: the random numbers, the permutations, and the cut into blocks."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
-import signal
-import time
+import struct
+from collections import Counter
 from pathlib import Path
 
+import naive_order as naive
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import _index
-from engine.data import index_cache
-from engine.data.index_cache import IndexCache, default_folder
-from engine.data.indexed import IndexedDataset, IndexedDatasetWriter
-from engine.data.samples import SampleIndex
+from engine.data.concatenate import concatenate
+from engine.data.index_cache import IndexCache
+from engine.data.indexed import IndexedDataset, IndexedDatasetWriter, shard_name
+from engine.data.samples import GROUP, SampleIndex
 from engine.errors import UserError
 
-MASK = 2**64 - 1
+MASK = naive.MASK
 lengths = st.lists(st.one_of(st.just(0), st.just(1), st.integers(2, 40)), min_size=1, max_size=25)
-same_folder = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+same_folder = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def write(prefix: Path, sizes) -> IndexedDataset:
+def write(prefix: Path, sizes, first: int = 0) -> IndexedDataset:
     """Documents with these lengths whose tokens count on from one to the next, so every token is unique."""
-    first = 0
-    with IndexedDatasetWriter(prefix, 10**6) as writer:
-        for size in sizes:
-            writer.add_document(np.arange(first, first + size))
-            first += size
+    with IndexedDatasetWriter(prefix, 10**7) as writer:
+        total = int(np.sum(sizes, dtype=np.int64))
+        writer.add_documents(np.arange(first, first + total), np.array(sizes, np.int64))
     return IndexedDataset(prefix)
 
 
-def block_tokens(index: SampleIndex, epoch: int, block: int) -> list[int]:
-    """The S + 1 tokens of a block, through the compiled reader."""
-    tokens, labels = np.empty(index.seq_length, np.int64), np.empty(index.seq_length, np.int64)
-    index.read(np.array([epoch]), np.array([block]), np.array([[0, index.seq_length, 0]]), tokens, labels)
-    assert tokens[1:].tolist() == labels[:-1].tolist()
-    return [*tokens.tolist(), int(labels[-1])]
+def read_turns(index: SampleIndex, turns, threads=1) -> list[list[int]]:
+    """The S + 1 tokens of the dataset's n-th blocks, through the compiled reader."""
+    s = index.seq_length
+    tokens, labels = np.empty((len(turns), s), np.int64), np.empty((len(turns), s), np.int64)
+    pieces = np.array([[0, turn, 0, s, place * s] for place, turn in enumerate(turns)], np.int64).reshape(-1, 5)
+    _index.gather([index.order], pieces, tokens, labels, threads)
+    assert (tokens[:, 1:] == labels[:, :-1]).all()
+    return np.concatenate([tokens, labels[:, -1:]], axis=1).tolist()
 
 
-# ---- the documented random numbers, on Python's integers ------------------------------------------------------------
-
-
-def mix(z):
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
-    return z ^ (z >> 31)
-
-
-def naive_shuffle(count, seed, epoch, purpose):
-    golden = 0x9E3779B97F4A7C15
-    state = mix((seed + golden) & MASK)
-    for word in (epoch, purpose):
-        state = mix(((state ^ word) + golden) & MASK)
-
-    def below(bound):
-        nonlocal state
-        while True:
-            state = (state + golden) & MASK
-            product = mix(state) * bound
-            if product & MASK >= 2**64 % bound:
-                return product >> 64
-
-    order = list(range(count))
-    for i in range(count - 1, 0, -1):
-        j = below(i + 1)
-        order[i], order[j] = order[j], order[i]
-    return order
+# ---- random numbers -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 300), st.integers(0, MASK), st.integers(0, MASK), st.integers(0, 1))
 def test_the_shuffle_is_the_documented_one(count, seed, epoch, purpose):
-    assert _index.shuffled(count, seed, epoch, purpose).tolist() == naive_shuffle(count, seed, epoch, purpose)
+    expected = naive.shuffled(naive.stream_key(seed, epoch, purpose), count)
+    assert _index.shuffled(count, seed, epoch, purpose).tolist() == expected
+    assert _index.permuted(np.arange(count), count, seed, epoch, purpose).tolist() == expected
 
 
 def test_the_order_is_the_same_for_ever_and_everywhere():
     assert _index.shuffled(10, 1234, 0, 0).tolist() == [6, 3, 9, 1, 4, 8, 7, 0, 5, 2]
-    assert mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # splitmix64's published first output for seed 0
+    assert _index.permuted(np.array([0, 1, 10**15]), 10**15 + 1, 1234, 0, 0).tolist() == PERMUTED
+    assert naive.mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # splitmix64's published first output for seed 0
+    assert naive.document_order(1200, 7, 3)[:6] == DOCUMENTS
+    assert naive.document_order(1200, 7, 3)[598:602] == DOCUMENTS_LATER
+
+
+PERMUTED = [0, 0, 0]
+DOCUMENTS = []
+DOCUMENTS_LATER = []
 
 
 def test_shuffles_are_uniform_permutations():
-    counts = {}
-    for seed in range(12_000):
-        key = tuple(_index.shuffled(4, seed, 0, 0).tolist())
-        counts[key] = counts.get(key, 0) + 1
+    counts = Counter(tuple(_index.shuffled(4, seed, 0, 0).tolist()) for seed in range(12_000))
     assert len(counts) == 24
-    chi_squared = sum((n - 500) ** 2 / 500 for n in counts.values())
-    assert chi_squared < 49.7  # 23 degrees of freedom, one in a thousand
+    assert chi_squared(counts.values(), 500) < 49.7  # 23 degrees of freedom, one in a thousand
     assert sorted(_index.shuffled(100_000, 5, 0, 0)) == list(range(100_000))
 
 
 def test_seed_epoch_and_purpose_all_count():
-    orders = {tuple(_index.shuffled(50, *key)) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)]}
-    assert len(orders) == 5
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)]
+    assert len({tuple(_index.shuffled(50, *key)) for key in keys}) == 5
+    places = np.arange(20)
+    assert len({tuple(_index.permuted(places, 10**6, *key)) for key in keys}) == 5
+
+
+# ---- permutations a place at a time ---------------------------------------------------------------------------------
+
+
+def chi_squared(counts, expected: float) -> float:
+    return float(sum((n - expected) ** 2 / expected for n in counts))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.one_of(st.integers(2**16 - 2, 2**16 + 5), st.integers(2, 2**62)), st.integers(0, MASK), st.data())
+def test_a_permutation_is_the_documented_one(count, seed, data):
+    if count <= naive.TABLE:
+        place = data.draw(st.integers(0, count - 1))
+        expected = naive.shuffled(naive.stream_key(seed, 5, 2), count)[place]
+    else:
+        place = data.draw(st.integers(0, count - 1))
+        expected = naive.feistel(naive.stream_key(seed, 5, 2), count, place)
+    assert _index.permuted(np.array([place]), count, seed, 5, 2).tolist() == [expected]
+
+
+@pytest.mark.parametrize("count", [1, 2, 2**16, 2**16 + 1, 100_003, 2**17, 2**17 + 1, 2**18 - 1, 10**6])
+def test_a_permutation_takes_every_place_once(count):
+    images = _index.permuted(np.arange(count), count, 3, 1, 2)
+    np.testing.assert_array_equal(np.sort(images), np.arange(count))
+
+
+def test_a_permutation_far_past_32_bits_stays_inside_and_never_meets_itself():
+    count = 3 * 2**59 + 1
+    images = _index.permuted(np.arange(200_000), count, 3, 1, 2)
+    assert 0 <= images.min() <= images.max() < count
+    assert len(np.unique(images)) == 200_000
+    assert images.max() > 0.99 * count
+
+
+def test_a_network_is_as_uniform_as_a_shuffle():
+    """Over keys: where one place goes, where two neighbours go together, how many places stay, how many keep their
+    successor (both are Poisson of mean 1 and nearly so). Each bound is passed by chance but once in a thousand."""
+    count, keys = 2**16 + 100, 4000
+    first = np.array([_index.permuted(np.array([0, 1, count - 1]), count, seed, 0, 0) for seed in range(keys)])
+    for place in range(3):
+        assert chi_squared(np.bincount(first[:, place] * 64 // count, minlength=64), keys / 64) < 103.4  # 63 degrees
+    both = (first[:, 0] * 8 // count) * 8 + first[:, 1] * 8 // count
+    assert chi_squared(np.bincount(both, minlength=64), keys / 64) < 103.4
+    low_bits = (first[:, 0] % 8) * 8 + first[:, 1] % 8
+    assert chi_squared(np.bincount(low_bits, minlength=64), keys / 64) < 103.4
+    stay, follow = 0, 0
+    for seed in range(100):
+        images = _index.permuted(np.arange(count), count, seed, 0, 1)
+        stay += int((images == np.arange(count)).sum())
+        follow += int((np.diff(images) == 1).sum())
+    assert abs(stay - 100) < 35, "100 of a Poisson variable, 3.5 deviations"
+    assert abs(follow - 100) < 35
+
+
+def test_asking_outside_a_permutation_is_an_error():
+    for count, place in ((5, 5), (5, -1), (10**6, 10**6), (0, 0)):
+        with pytest.raises(IndexError, match="outside the permutation"):
+            _index.permuted(np.array([place]), count, 0, 0, 0)
+    with pytest.raises(ValueError, match="must not be negative"):
+        _index.permuted(np.array([0]), -1, 0, 0, 0)
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def check_epoch(dataset, documents, seq_length, seed, epoch):
+    index = SampleIndex(dataset, seq_length, seed, IndexCache(None))
+    expected = naive.blocks_in_order(documents, seq_length, seed, epoch)
+    assert index.blocks_per_epoch == index.order.blocks == len(expected)
+    turns = np.arange(len(expected)) + epoch * len(expected)
+    assert read_turns(index, turns.tolist()) == expected
+    epochs, blocks = index.locate(turns)
+    assert epochs.tolist() == [epoch] * len(expected)
+    assert blocks.tolist() == naive.block_order(len(expected), seed, epoch)
 
 
 @same_folder
@@ -112,52 +164,156 @@ def test_blocks_are_the_naive_cut_of_the_shuffled_documents(tmp_path, sizes, seq
         with pytest.raises(UserError, match=r"tokens are less than one sample|the dataset is empty"):
             SampleIndex(dataset, seq_length, seed, IndexCache(None))
         return
-    index = SampleIndex(dataset, seq_length, seed, IndexCache(None))
-    row = [int(t) for document in naive_shuffle(len(sizes), seed, epoch, 0) for t in dataset[document]]
-    expected = [row[b : b + seq_length + 1] for b in range(0, len(row) - seq_length, seq_length)]
-    assert index.blocks_per_epoch == len(expected)
-    assert [block_tokens(index, epoch, b) for b in range(len(expected))] == expected
-    turns = np.arange(len(expected)) + epoch * len(expected)
-    epochs, blocks = index.locate(turns)
-    assert epochs.tolist() == [epoch] * len(expected)
-    assert blocks.tolist() == naive_shuffle(len(expected), seed, epoch, 1)
+    check_epoch(dataset, list(dataset), seq_length, seed, epoch)
+
+
+@same_folder
+@given(documents=st.integers(GROUP - 1, 4 * GROUP + 3), seq_length=st.integers(1, 60), seed=st.integers(0, MASK),
+       shards=st.integers(1, 7))
+def test_blocks_of_several_groups_in_several_shards(tmp_path, documents, seq_length, seed, shards):
+    """The order is that of one pair, however the documents are cut into shards (some of them empty)."""
+    rng = np.random.default_rng(seed % 2**32)
+    sizes = rng.choice([0, 1, 2, 3, 40], documents, p=[0.3, 0.2, 0.2, 0.2, 0.1])
+    cuts = np.sort(rng.integers(0, documents + 1, shards - 1))
+    folder = tmp_path / f"{shards}"
+    first = 0
+    for number, part in enumerate(np.split(sizes, cuts)):
+        write(folder / shard_name("train", number, shards), part, first)
+        first += int(part.sum())
+    dataset = IndexedDataset(folder / "train")
+    check_epoch(dataset, list(dataset), seq_length, seed, 1)
+
+
+def test_the_tokens_of_groups_do_not_depend_on_threads_or_shards(tmp_path):
+    sizes = np.random.default_rng(0).integers(0, 50, 3 * GROUP + 77)
+    whole = write(tmp_path / "whole", sizes)
+    for number, part in enumerate(np.split(sizes, [100, 100, 900])):
+        write(tmp_path / shard_name("train", number, 4), part)
+    concatenate([tmp_path / "train"], tmp_path / "joined")
+    groups = -(-len(sizes) // GROUP)
+    expected = [int(sizes[g::groups].sum()) for g in range(groups)]
+    for dataset in (whole, IndexedDataset(tmp_path / "train"), IndexedDataset(tmp_path / "joined")):
+        for threads in (1, 2, 5, 0):
+            assert dataset.corpus.group_tokens(threads).tolist() == expected
+
+
+def test_a_batch_does_not_depend_on_threads(tmp_path):
+    dataset = write(tmp_path / "train", np.random.default_rng(0).integers(0, 50, 2000))
+    index = SampleIndex(dataset, 16, 1, IndexCache(None))
+    turns = np.random.default_rng(1).integers(0, 5 * index.blocks_per_epoch, 100).tolist()
+    assert read_turns(index, turns) == read_turns(index, turns, 4) == read_turns(index, turns, 0)
 
 
 def test_every_block_comes_once_an_epoch_and_epochs_differ(tmp_path):
     index = SampleIndex(write(tmp_path / "train", [30, 0, 1, 55, 200, 7]), 8, 3, IndexCache(None))
-    assert index.blocks_per_epoch == (293 - 1) // 8
-    epochs, blocks = index.locate(np.arange(3 * index.blocks_per_epoch))
-    orders = []
-    for epoch in range(3):
-        orders.append(blocks[epochs == epoch].tolist())
-        assert sorted(orders[-1]) == list(range(index.blocks_per_epoch))
-        labelled = [t for block in orders[-1] for t in block_tokens(index, epoch, block)[1:]]
-        assert len(set(labelled)) == len(labelled) == 8 * index.blocks_per_epoch
-    assert orders[0] != orders[1] != orders[2]
-    assert index.epoch(0).order_n.tolist() != index.epoch(1).order_n.tolist()
+    blocks = index.blocks_per_epoch
+    assert blocks == (293 - 1) // 8
+    read = [read_turns(index, range(epoch * blocks, (epoch + 1) * blocks)) for epoch in range(3)]
+    for epoch in read:
+        labelled = [token for block in epoch for token in block[1:]]
+        assert len(set(labelled)) == len(labelled) == 8 * blocks
+    assert read[0] != read[1] != read[2]
+    starts = [index.order.starts(epoch, np.arange(blocks)).tolist() for epoch in range(3)]
+    assert starts[0] != starts[1] != starts[2], "the documents' order differs too"
 
 
-def test_offsets_pass_32_bits():
-    """Five documents of 2^30 tokens: the row is longer than 2^32, and no memory is needed to index it."""
-    sizes, order = np.full(5, 2**30, np.int32), np.array([4, 2, 0, 1, 3])
-    starts = _index.sample_starts(sizes, order, 2**31 - 8, 3)
-    assert starts.tolist() == [[0, 0], [1, 2**30 - 8], [3, 2**30 - 16]]
-    data = _index.index_bytes(sizes, 4)
-    assert _index.parse_index(data)[3] == 5 * 2**30
-    assert np.frombuffer(data, "<i8", 5, 34 + 20).tolist() == [i * 2**32 for i in range(5)]
+def test_starts_are_where_blocks_begin(tmp_path):
+    sizes = np.random.default_rng(0).integers(0, 9, 1500)
+    index = SampleIndex(write(tmp_path / "train", sizes), 16, 9, IndexCache(None))
+    first = np.concatenate([[0], np.cumsum(sizes)])
+    document, offset = index.order.starts(2, np.arange(index.blocks_per_epoch)).T
+    row = naive.row(list(index.dataset), 9, 2)
+    assert (first[document] + offset).tolist() == row[:-1:16][: index.blocks_per_epoch]
+    assert (offset < sizes[document]).all()
 
 
-def test_asking_past_the_end_is_an_error_not_a_crash(tmp_path):
-    dataset, out = write(tmp_path / "train", [5, 5]), np.empty(4, np.int64)
-    with pytest.raises(IndexError, match="past the last token"):
-        _index.sample_starts(dataset.sizes, np.array([0, 1]), 5, 3)
-    with pytest.raises(IndexError, match="names no document"):
-        _index.sample_starts(dataset.sizes, np.array([0, 2]), 5, 2)
-    for piece in ([0, 7, 3, 0], [0, 0, 5, 0], [0, 0, 3, 2], [-1, 0, 1, 0], [0, -1, 1, 0], [0, 0, 0, 0], [2, 0, 1, 0],
-                  [0, 0, 1, -1], [0, 0, 2**62, 0]):
+def test_any_epoch_can_be_asked_for_at_any_time(tmp_path):
+    index = SampleIndex(write(tmp_path / "train", [50, 3, 0, 9]), 8, 0, IndexCache(None))
+    far = 2**40 * index.blocks_per_epoch
+    expected = {epoch: read_turns(index, [epoch * index.blocks_per_epoch]) for epoch in (0, 1, 2**40)}
+    for epoch in (7, 0, 2**40, 5, 1, 6, 0):  # more than are held, and back
+        if epoch in expected:
+            assert read_turns(index, [epoch * index.blocks_per_epoch]) == expected[epoch]
+    assert index.locate(np.array([far]))[0].tolist() == [2**40]
+
+
+def test_rows_pass_32_bits(tmp_path):
+    """Six documents of 2^30 tokens, holes on the disk: the row is longer than 2^32 tokens."""
+    sizes = np.full(6, 2**30, np.int32)
+    with open(tmp_path / "train.idx", "wb") as idx:
+        idx.write(struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 6, 7) + sizes.tobytes())
+        idx.write(np.arange(0, 6 * 2**31, 2**31, dtype=np.int64).tobytes() + np.arange(7, dtype=np.int64).tobytes())
+    marks = {0: 1, 2**32 + 7: 2, 5 * 2**30 + 2**30 - 1: 3}  # token of the file -> its value
+    with open(tmp_path / "train.bin", "wb") as file:
+        file.truncate(6 * 2**31)
+        for place, value in marks.items():
+            file.seek(2 * place)
+            file.write(struct.pack("<H", value))
+    index = SampleIndex(IndexedDataset(tmp_path / "train"), 4, 3, IndexCache(None))
+    assert index.blocks_per_epoch == (6 * 2**30 - 1) // 4
+    order, found = naive.document_order(6, 3, 0), {}
+    for place, value in marks.items():
+        block, offset = divmod(order.index(place >> 30) * 2**30 + place % 2**30, 4)
+        document, start = index.order.starts(0, np.array([min(block, index.blocks_per_epoch - 1)]))[0]
+        assert (document << 30) + start + offset >= place
+        tokens, labels = np.empty(5, np.int64), np.empty(5, np.int64)
+        if block < index.blocks_per_epoch:
+            at = place - 1 if place else place
+            index.dataset.corpus.gather(np.array([[at, 1, 0]]), tokens, labels)
+            found[place] = labels[0] if place else tokens[0]
+            assert found[place] == value
+    turn = int(np.flatnonzero(index.locate(np.arange(1000))[1] >= 2**30)[0])
+    assert read_turns(index, [turn]) == [[0] * 5]
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_asking_outside_is_an_error_not_a_crash(tmp_path):
+    index, out = SampleIndex(write(tmp_path / "train", [5, 5]), 4, 0, IndexCache(None)), np.empty(4, np.int64)
+    for piece in ([0, -1, 0, 1, 0], [0, 0, -1, 1, 0], [0, 0, 4, 1, 0], [0, 0, 0, 5, 0], [0, 0, 0, 0, 0],
+                  [0, 0, 0, 4, 1], [0, 0, 0, 1, -1], [0, 0, 2**62, 1, 0], [0, 0, 0, 1, 2**62], [1, 0, 0, 1, 0],
+                  [-1, 0, 0, 1, 0], [0, 0, 1, 2**62, 0]):
         with pytest.raises(IndexError):
-            dataset.gather(None, np.array([piece]), out, out.copy())
-    assert dataset.gather(None, np.array([[0, 6, 3, 0]]), out, out.copy()) == (6, 9)
+            _index.gather([index.order], np.array([piece]), out, out.copy())
+    assert _index.gather([index.order], np.array([[0, 0, 0, 4, 0]]), out, out.copy())[0][1] < 10
+    for piece in ([10, 1, 0], [-1, 1, 0], [7, 3, 0], [0, 0, 0], [0, 5, 0], [0, 3, 2], [0, 1, -1], [2**62, 1, 0]):
+        with pytest.raises(IndexError):
+            index.dataset.corpus.gather(np.array([piece]), out, out.copy())
+    assert index.dataset.corpus.gather(np.array([[6, 3, 0]]), out, out.copy()) == (6, 9)
+    assert _index.gather([index.order], np.empty((0, 5), np.int64), out, out.copy())[0] == (2**63 - 1, -(2**63))
+
+
+def test_wrong_calls_are_refused(tmp_path):
+    dataset, out = write(tmp_path / "train", [5, 5]), np.empty(4, np.int64)
+    totals = dataset.corpus.group_tokens()
+    order = _index.SampleOrder(dataset.corpus, totals, 4, 0)
+    for wrong in (totals + 1, np.array([5, 5]), np.empty(0, np.int64)):
+        with pytest.raises(ValueError, match="totals are not the corpus's"):
+            _index.SampleOrder(dataset.corpus, wrong, 4, 0)
+    for length in (0, 10, -3):
+        with pytest.raises(ValueError, match="not one block"):
+            _index.SampleOrder(dataset.corpus, totals, length, 0)
+    with pytest.raises(ValueError, match="5 columns"):
+        _index.gather([order], np.zeros((1, 4), np.int64), out, out.copy())
+    with pytest.raises(ValueError, match="differ in size"):
+        _index.gather([order], np.zeros((1, 5), np.int64), out, out[:3].copy())
+    with pytest.raises(TypeError):  # a copy would be filled, and thrown away
+        _index.gather([order], np.zeros((1, 5), np.int64), out.astype(np.int32), out.copy())
+    for block in (-1, 2):
+        with pytest.raises(IndexError, match="no such block"):
+            order.starts(0, np.array([block]))
+    with pytest.raises(ValueError, match="at least one pair"):
+        _index.Corpus([])
+
+
+def test_rows_are_cut_into_pieces():
+    found = _index.pieces(np.array([0, 10, 13, 2**50]), 8, 16)
+    assert found.tolist() == [[0, 0, 0, 8, 0], [0, 0, 10, 6, 8], [0, 1, 0, 2, 14], [0, 0, 13, 3, 16], [0, 1, 0, 5, 19],
+                              [0, 2**46, 0, 8, 24]]
+    for positions, length in ((np.array([-1]), 8), (np.array([0]), 0), (np.array([0]), 17)):
+        with pytest.raises(ValueError, match=r"negative|length must be"):
+            _index.pieces(positions, length, 16)
 
 
 @pytest.mark.parametrize(
@@ -172,177 +328,9 @@ def test_too_little_data_says_how_much_there_is_and_what_to_do(tmp_path, sizes, 
     assert str(tmp_path / "train.bin") in str(caught.value)
 
 
-def test_only_a_few_epochs_are_held(tmp_path):
-    index = SampleIndex(write(tmp_path / "train", [50]), 8, 0, IndexCache(tmp_path / "cache"))
-    first = index.epoch(0)
-    for epoch in range(10):
-        index.epoch(epoch)
-    assert list(index._held) == [7, 8, 9]
-    assert index.epoch(0).blocks_k.tolist() == first.blocks_k.tolist()
-
-
-# ---- the cache ------------------------------------------------------------------------------------------------------
-
-SIZES = [30, 0, 1, 55, 200, 7]
-
-
-def order_of(dataset, cache_folder, seed=3, seq_length=8):
-    epoch = SampleIndex(dataset, seq_length, seed, IndexCache(cache_folder)).epoch(0)
-    return [epoch.order_n.tolist(), epoch.starts_k2.tolist(), epoch.blocks_k.tolist()]
-
-
-def cache_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.samples"))
-
-
-def count_builds(monkeypatch) -> list[int]:
-    builds, build = [], SampleIndex._build
-    monkeypatch.setattr(SampleIndex, "_build", lambda self, epoch: builds.append(epoch) or build(self, epoch))
-    return builds
-
-
-def test_the_cache_is_used_and_equals_what_is_built(tmp_path, monkeypatch):
-    dataset, builds = write(tmp_path / "train", SIZES), count_builds(monkeypatch)
-    fresh = order_of(dataset, None)
-    assert order_of(dataset, tmp_path / "cache") == fresh
-    assert order_of(dataset, tmp_path / "cache") == fresh
-    assert builds == [0, 0]  # once without a cache, once with
-    assert len(cache_files(tmp_path / "cache")) == 1
-
-
-def test_every_part_of_the_key_has_its_own_file(tmp_path):
-    dataset = write(tmp_path / "train", SIZES)
-    for seed, seq_length in ((3, 8), (4, 8), (3, 9), (-1, 8)):
-        assert order_of(dataset, tmp_path / "c", seed, seq_length) == order_of(dataset, None, seed, seq_length)
-    SampleIndex(dataset, 8, 3, IndexCache(tmp_path / "c")).epoch(1)
-    assert len(cache_files(tmp_path / "c")) == 5
-
-
-def test_a_rewritten_dataset_at_the_same_path_gets_its_own_index(tmp_path):
-    order_of(write(tmp_path / "train", SIZES), tmp_path / "cache")
-    for sizes in ([200, 30, 7, 0, 55, 1], [*SIZES, 9]):
-        dataset = write(tmp_path / "train", sizes)
-        assert order_of(dataset, tmp_path / "cache") == order_of(dataset, None)
-    assert len(cache_files(tmp_path / "cache")) == 3
-
-
-def test_damaged_cache_files_are_never_used(tmp_path, caplog):
-    dataset, folder = write(tmp_path / "train", SIZES), tmp_path / "cache"
-    fresh = order_of(dataset, folder)
-    (file,) = cache_files(folder)
-    whole = file.read_bytes()
-    damaged = [whole[:size] for size in (0, 1, 39, 64, len(whole) // 2, len(whole) - 8, len(whole) - 1)]
-    damaged += [whole + bytes(8), bytes(len(whole)), whole[:40].ljust(len(whole), b"\0")]
-    for bit in np.random.default_rng(0).choice(8 * len(whole), 150, replace=False):
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        damaged.append(bytes(flipped))
-    for content in damaged:
-        file.write_bytes(content)
-        caplog.clear()
-        assert order_of(dataset, folder) == fresh
-        assert str(file) in caplog.text
-        assert file.read_bytes() == whole
-
-
-def test_a_file_of_another_key_under_this_name_is_not_used(tmp_path):
-    dataset, folder = write(tmp_path / "train", SIZES), tmp_path / "cache"
-    order_of(dataset, folder, seed=4)
-    (other,) = cache_files(folder)
-    other.rename(folder / other.name.replace("seed4", "seed3"))
-    assert order_of(dataset, folder, seed=3) == order_of(dataset, None, seed=3)
-    same_shape = write(tmp_path / "other", SIZES[::-1])
-    (file,) = cache_files(folder)
-    file.rename(folder / file.name.replace(dataset.fingerprint[:16], same_shape.fingerprint[:16]))
-    assert order_of(same_shape, folder) == order_of(same_shape, None) != order_of(dataset, None)
-
-
-def test_a_failed_write_leaves_nothing_and_the_order_is_right(tmp_path, monkeypatch, caplog):
-    dataset, fresh = write(tmp_path / "train", SIZES), order_of(IndexedDataset(tmp_path / "train"), None)
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(index_cache.os, "fsync", full)
-    assert order_of(dataset, tmp_path / "cache") == fresh
-    assert "No space left on device" in caplog.text
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
-    index = SampleIndex(dataset, 8, 3, IndexCache(tmp_path / "cache", required=True))
-    with pytest.raises(UserError, match=r"cannot write the index cache: No space left on device.*data\.cache_dir"):
-        index.epoch(0)
-
-
-def test_old_leftovers_of_killed_processes_are_removed(tmp_path):
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    (folder / "old.samples.1.tmp").write_text("x")
-    os.utime(folder / "old.samples.1.tmp", (time.time() - 7200,) * 2)
-    (folder / "new.samples.2.tmp").write_text("being written")
-    order_of(write(tmp_path / "train", SIZES), folder)
-    assert [path.name for path in folder.glob("*.tmp")] == ["new.samples.2.tmp"]
-
-
-def test_a_stopped_lock_holder_does_not_stop_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_cache, "_LOCK_SECONDS", 0.1)
-    (tmp_path / "cache").mkdir()
-    dataset = write(tmp_path / "train", SIZES)
-    with index_cache._lock(tmp_path / "cache"):
-        assert order_of(dataset, tmp_path / "cache") == order_of(dataset, None)
-
-
-def test_the_default_folder_is_beside_the_data_else_the_users(tmp_path, monkeypatch):
-    assert default_folder(tmp_path) == tmp_path / "index_cache"
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    monkeypatch.setattr(index_cache.os, "access", lambda path, mode: False)  # root may write everywhere
-    assert default_folder(tmp_path) == Path("/somewhere/mainspring/index_cache")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_folder(tmp_path) == Path.home() / ".cache/mainspring/index_cache"
-
-
-def _cold_start(prefix, folder, barrier, results):
-    barrier.wait()
-    index = SampleIndex(IndexedDataset(prefix), 8, 3, IndexCache(folder))
-    results.put(json.dumps([[index.epoch(e).order_n.tolist(), index.epoch(e).starts_k2.tolist(),
-                             index.epoch(e).blocks_k.tolist()] for e in range(2)]))
-
-
-@pytest.mark.parametrize("with_locks", [True, False])
-def test_processes_starting_together_agree(tmp_path, monkeypatch, with_locks):
-    monkeypatch.setattr(index_cache, "_LOCK_SECONDS", 60.0 if with_locks else 0.0)  # children are forked
-    dataset, context = write(tmp_path / "train", SIZES * 500), multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(8), context.Queue()
-    args = (dataset.prefix, tmp_path / "cache", barrier, results)
-    processes = [context.Process(target=_cold_start, args=args) for _ in range(8)]
-    for process in processes:
-        process.start()
-    seen = {results.get(timeout=60) for _ in processes}
-    for process in processes:
-        process.join()
-    assert len(seen) == 1
-    assert json.loads(seen.pop())[0] == order_of(dataset, None)
-    assert len(cache_files(tmp_path / "cache")) == 2
-    assert list((tmp_path / "cache").glob("*.tmp")) == []
-
-
-def _killed(prefix, folder, ready):
-    def stop(_):
-        ready.set()
-        time.sleep(60)
-
-    index_cache.os.fsync = stop  # the file is written but not renamed, and the lock is held
-    SampleIndex(IndexedDataset(prefix), 8, 3, IndexCache(folder)).epoch(0)
-
-
-def test_a_kill_while_writing_blocks_nobody_and_is_not_read(tmp_path):
-    dataset, context = write(tmp_path / "train", SIZES), multiprocessing.get_context("fork")
-    ready = context.Event()
-    process = context.Process(target=_killed, args=(dataset.prefix, tmp_path / "cache", ready))
-    process.start()
-    assert ready.wait(30)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert len(list((tmp_path / "cache").glob("*.tmp"))) == 1
-    begun = time.monotonic()
-    assert order_of(dataset, tmp_path / "cache") == order_of(dataset, None)
-    assert time.monotonic() - begun < 10
-    assert len(cache_files(tmp_path / "cache")) == 1
+def test_a_truncated_file_is_an_error_not_a_crash(tmp_path):
+    index = SampleIndex(write(tmp_path / "train", [100_000]), 8, 0, IndexCache(None))
+    os.truncate(tmp_path / "train.bin", 10)
+    with pytest.raises(_index.Truncated) as caught:
+        read_turns(index, range(100))
+    assert caught.value.args == (str(tmp_path / "train.bin"), 10)

@@ -6,28 +6,29 @@
 | .json              | an element of the array, or of the one array that the object holds; also read: JSON lines |
 | .csv .tsv          | a record under the header line                                                            |
 | .parquet           | a row                                                                                     |
+| .arrow .feather    | a row                                                                                     |
 | .txt .text         | {"text": …}: in a folder the whole file, in a file named itself what blank lines separate |
 
-Each of them may end in .gz. A folder that `datasets` saved, and a name that is no path, are Hugging Face datasets.
+Each of them may end in .gz, .zst, .bz2 or .xz. A folder that `datasets` saved, and a name that is no path, are Hugging
+Face datasets.
 What cannot be read goes to the quarantine with file and row.
 Only a file that the user named is an error at once where it cannot be read; one in a folder goes to the quarantine.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from engine.data.chat.conversation import kind_name
-from engine.data.chat.json_rows import json_rows
-from engine.data.reading import Quarantine, Refused, decode_utf8, parse_json
+from engine.data.formats import saved, tables
+from engine.data.formats.json_array import json_rows
+from engine.data.formats.lines import Found, decode_utf8, json_lines
+from engine.data.formats.opening import open_bytes, packing_of
+from engine.data.quarantine import Quarantine, Refused
 from engine.data.sources import show
 from engine.errors import UserError
 
@@ -35,13 +36,11 @@ if TYPE_CHECKING:
     from engine.config.stages import Source
 
 Rows = Iterator[tuple[str, dict]]
-# A row's number and what was found there.
-Found = Iterator[tuple[int, dict | Refused]]
 
 _MAX_LINE = 1 << 28  # bytes
 _EXCERPT = 200  # characters of a bad row that the quarantine keeps
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_READABLE = "Read are .json .jsonl .csv .tsv .parquet .txt (also .gz), and Hugging Face datasets."
+_READABLE = "Read are .json .jsonl .csv .tsv .parquet .arrow .txt (also .gz .zst), and Hugging Face datasets."
 
 
 def read(source: Source, quarantine: Quarantine) -> Rows:
@@ -96,7 +95,7 @@ def fingerprint(source: Source) -> str:
         with path.open("rb") as stream:
             digest.update(f"{show(name)}\n{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     if not found:
-        digest.update(str(_dataset(source)._fingerprint).encode())
+        digest.update(str(saved.load(source.path, source.name, source.split)._fingerprint).encode())
     return digest.hexdigest()
 
 
@@ -123,11 +122,11 @@ def _file_rows(path: Path, direct: bool, quarantine: Quarantine) -> Rows:
     try:
         for number, row in reader(path, direct):
             if isinstance(row, Refused):
-                refuse(quarantine, f"{name}:{number}", row.reason, row.detail)
+                refuse(quarantine, f"{name}:{number}", row.reason, row.detail, row.excerpt)
             else:
                 yield f"{name}:{number}", row
-    except (OSError, EOFError, zlib.error) as error:
-        problem = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        problem = error.strerror or str(error)
         _refuse_file(name, direct, quarantine, Refused("unreadable", problem, "Check that it is whole."))
     except Refused as bad:
         _refuse_file(name, direct, quarantine, bad)
@@ -139,113 +138,34 @@ def _refuse_file(name: str, direct: bool, quarantine: Quarantine, bad: Refused) 
     quarantine.add(name, None, bad.reason, bad.detail)
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
 def _reader(path: Path) -> Callable[[Path, bool], Found] | None:
-    stem = Path(path.stem) if path.suffix.lower() == ".gz" else path
-    return _READERS.get(stem.suffix.lower())
+    return _READERS.get((path.with_suffix("") if packing_of(path) else path).suffix.lower())
 
 
 def _jsonl(path: Path, direct: bool) -> Found:
-    with _open(path) as stream:
-        yield from _json_lines(iter(lambda: stream.readline(_MAX_LINE), b""))
-
-
-def _json_lines(lines: Iterable[bytes]) -> Found:
-    number, rest_of_line = 0, False
-    for raw in lines:
-        too_long = len(raw) == _MAX_LINE and not raw.endswith(b"\n")
-        if not rest_of_line:
-            number += 1
-            if too_long:
-                yield number, Refused("line_too_long", f"longer than {_MAX_LINE:,} bytes")
-            elif raw.strip():
-                yield number, _row(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
-        rest_of_line = too_long
-
-
-def _row(raw: bytes) -> dict | Refused:
-    try:
-        row = parse_json(decode_utf8(raw).rstrip("\r\n"))
-    except Refused as bad:
-        return bad
-    return row if isinstance(row, dict) else Refused("not_an_object", f"{kind_name(row)}, not an object with fields")
+    with open_bytes(path) as stream:
+        yield from json_lines(stream.read, _MAX_LINE)
 
 
 def _json(path: Path, direct: bool) -> Found:
-    with _open(path) as stream:
-        yield from json_rows(stream, _json_lines)
+    with open_bytes(path) as stream:
+        yield from json_rows(stream, _MAX_LINE)
 
 
 def _separated(separator: str) -> Callable[[Path, bool], Found]:
     def rows(path: Path, direct: bool) -> Found:
-        csv.field_size_limit(1 << 30)
-        with _open(path) as stream:
-            lines = _Lines(stream)
-            records = csv.reader(lines, delimiter=separator, strict=True)
-            try:
-                header = next(records, None)
-                if not header or not any(header):
-                    raise Refused("no_header", "no header line with the names of the columns", "Add one.")
-                for number, values in _numbered(records, lines):
-                    if len(values) == len(header):
-                        yield number, {name: value or None for name, value in zip(header, values, strict=True)}
-                    elif values:
-                        detail = f"{len(values)} fields under {len(header)} names"
-                        yield number, Refused("wrong_number_of_fields", detail)
-            except csv.Error as error:  # a quote that never closes: what follows cannot be told apart
-                raise Refused("not_csv", f"not CSV ({error}, line {lines.number:,})") from None
+        with open_bytes(path) as stream:
+            yield from tables.separated(stream, separator, _MAX_LINE)
 
     return rows
 
 
-class _Lines:
-    """Decoded lines of a file, and the number of the last one."""
-
-    def __init__(self, stream: IO[bytes]):
-        self.number = 0
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[str]:
-        for raw in self._stream:
-            self.number += 1
-            yield decode_utf8(raw.removeprefix(b"\xef\xbb\xbf") if self.number == 1 else raw)
-
-
-def _numbered(records: Iterator[list[str]], lines: _Lines) -> Iterator[tuple[int, list[str]]]:
-    """Each record with the line on which it starts (a quoted field may go over several)."""
-    start = lines.number + 1
-    for values in records:
-        yield start, values
-        start = lines.number + 1
-
-
-def _parquet(path: Path, direct: bool) -> Found:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError("Parquet files need pyarrow", where=show(path), fix="pip install pyarrow") from None
-    with _open(path) as stream:
-        try:
-            # Parquet is read from its end, which a compressed file has only when it was read whole.
-            packed = path.suffix.lower() == ".gz"
-            table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(stream.read()) if packed else stream)
-            number = 0
-            for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-        except pyarrow.ArrowException as error:
-            problem = " ".join(str(error).split())[:200]
-            raise Refused("not_parquet", f"not a whole Parquet file ({problem})", "Fetch or write it again.") from None
-
-
 def _text(path: Path, direct: bool) -> Found:
-    with _open(path) as stream:
-        text = decode_utf8(stream.read().removeprefix(b"\xef\xbb\xbf"))
+    with open_bytes(path) as stream:
+        raw = stream.read(_MAX_LINE)
+        if stream.read(1):
+            raise Refused("too_long", f"a text longer than {_MAX_LINE:,} bytes", "Split it into several files.")
+    text = decode_utf8(raw.removeprefix(b"\xef\xbb\xbf"))
     if not direct:
         yield 1, {"text": text}
         return
@@ -261,43 +181,18 @@ def _text(path: Path, direct: bool) -> Found:
 
 _READERS: dict[str, Callable[[Path, bool], Found]] = {
     ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _separated(","), ".tsv": _separated("\t"),
-    ".parquet": _parquet, ".txt": _text, ".text": _text,
+    ".parquet": lambda path, direct: tables.parquet_rows(path), ".txt": _text, ".text": _text,
+    ".arrow": lambda path, direct: tables.arrow_rows(path), ".feather": lambda path, direct: tables.arrow_rows(path),
 }  # fmt: skip
 
 
 def _is_dataset(source: Source) -> bool:
     root = Path(source.path)
     if root.is_dir():
-        return any((root / name).is_file() for name in ("dataset_dict.json", "state.json"))
+        return saved.is_saved(root)
     return not root.exists() and _HUB_NAME.fullmatch(source.path) is not None and _reader(root) is None
 
 
 def _dataset_rows(source: Source, quarantine: Quarantine) -> Rows:
-    for number, row in enumerate(_dataset(source), 1):
+    for number, row in enumerate(saved.load(source.path, source.name, source.split), 1):
         yield f"{source.path}:{number}", row
-
-
-def _dataset(source: Source) -> Any:
-    """The split of a Hugging Face dataset, from a folder that it was saved to or from the hub (no code of its runs)."""
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ImportError:
-        raise UserError("Hugging Face datasets need the datasets package", where=source.path,
-                        fix="pip install datasets") from None  # fmt: skip
-    split = source.split or "train"
-    try:
-        if Path(source.path).is_dir():
-            found = datasets.load_from_disk(source.path)
-        else:
-            found = datasets.load_dataset(source.path, source.name, split=split)
-    except (OSError, ValueError, RuntimeError, LookupError, DatasetsError) as error:
-        problem = " ".join(str(error).split())[:200]
-        fix = "Check its name and the network, or download it and give the folder."
-        raise UserError(f"cannot load the dataset ({problem})", where=source.path, fix=fix) from None
-    if not isinstance(found, dict):
-        return found
-    if split not in found:
-        problem = f"no split {split!r} (there are {', '.join(map(str, found))})"
-        raise UserError(problem, where=source.path, fix="Set the source's split.")
-    return found[split]

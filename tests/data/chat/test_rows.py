@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.config.stages import Source
-from engine.data.chat import json_rows, rows
-from engine.data.reading import Quarantine
+from engine.data.chat import rows
+from engine.data.formats import json_array
+from engine.data.quarantine import Quarantine
 from engine.errors import UserError
 
 ROWS = [{"instruction": "é世", "output": "A\nB"}, {"instruction": "Q,2", "output": 'say "x"'}]
@@ -155,16 +156,16 @@ def test_rows_of_an_array_that_is_no_array_of_objects(tmp_path):
 @given(found=st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=9) | st.integers() | st.none())),
        chunk=st.integers(1, 9), indent=st.sampled_from([None, 1]))  # fmt: skip
 def test_an_array_is_the_same_in_any_chunks(monkeypatch, found, chunk, indent):
-    monkeypatch.setattr(json_rows, "_CHUNK", chunk)
+    monkeypatch.setattr(json_array, "_CHUNK", chunk)
     raw = json.dumps(found, ensure_ascii=True, indent=indent).encode()
-    assert list(json_rows.json_rows(io.BytesIO(raw), lambda lines: iter(()))) == list(enumerate(found, 1))
+    assert list(json_array.json_rows(io.BytesIO(raw), 1 << 20)) == list(enumerate(found, 1))
 
 
 @pytest.mark.parametrize("chunk", range(1, 9))
 def test_an_element_that_is_no_object_is_whole_in_any_chunks(monkeypatch, chunk):
     """A number that the buffer cuts off is a number, too."""
-    monkeypatch.setattr(json_rows, "_CHUNK", chunk)
-    found = json_rows.json_rows(io.BytesIO(b'[12345, {"a": 1}, true, 1.5, 2e+7, 678]'), lambda lines: iter(()))
+    monkeypatch.setattr(json_array, "_CHUNK", chunk)
+    found = json_array.json_rows(io.BytesIO(b'[12345, {"a": 1}, true, 1.5, 2e+7, 678]'), 1 << 20)
     assert [(number, row if isinstance(row, dict) else row.reason) for number, row in found] == [
         (number, {"a": 1} if number == 2 else "not_an_object") for number in range(1, 7)]
 

@@ -1,14 +1,15 @@
-"""Rows of a .json file: an array is read an element at a time, so a large one never lies in memory whole."""
+"""Rows of a .json file: an array is read an element at a time, so a large one never lies in memory whole. No element,
+and no object that is the whole file, may be longer than a JSON line may be."""
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import IO
 
-from engine.data.chat.conversation import kind_name
-from engine.data.reading import Refused, decode_utf8, parse_json
+from engine.data.formats.lines import Found, decode_utf8, json_lines, kind_name, no_constant, parse_json
+from engine.data.quarantine import Refused
 
 _CHUNK = 1 << 20  # bytes
 # Where an object holds several arrays, the one of these names is meant.
@@ -16,50 +17,75 @@ _LISTS = ("data", "rows", "examples", "train", "instances")
 # An object with one of these is a row itself.
 _FIELDS = ("messages", "conversations", "instruction", "chosen", "text", "prompt")
 
-Found = Iterator[tuple[int, dict | Refused]]
 
-
-def json_rows(stream: IO[bytes], lines: Callable[[Iterable[bytes]], Found]) -> Found:
-    """(number from 1, row). ``lines`` reads JSON lines, which many files called .json hold.
+def json_rows(stream: IO[bytes], limit: int, is_row: Callable[[dict], bool] | None = None) -> Found:
+    """(number from 1, row) of an array, of an object with one array, or of JSON lines, which many files called .json
+    hold. An object for which ``is_row`` holds, or with one of the usual fields, is a row itself.
 
     Raises:
         Refused: not JSON, or no array of rows in it. An array that breaks off has given its whole elements before.
     """
-    head = stream.readline(_CHUNK).removeprefix(codecs.BOM_UTF8)
-    while head and not head.strip():
-        head = stream.readline(_CHUNK)
+    head, number = _next_line(stream, 0)
+    head = head.removeprefix(codecs.BOM_UTF8)
+    if not head.strip():
+        head, number = _next_line(stream, number)
     if not head:
         raise Refused("empty", "the file is empty")
     if head.lstrip().startswith(b"["):
-        yield from _elements(head, stream)
+        yield from _elements(head, stream, limit)
         return
-    following = stream.readline(_CHUNK)
-    while following and not following.strip():
-        following = stream.readline(_CHUNK)
-    if following and _is_object(head):
-        yield from lines(_joined(head, following, stream))
+    if not head.endswith(b"\n"):
+        head += stream.readline(max(0, limit - len(head)))
+    following, last = _next_line(stream, number)
+    first = _object(head) if following else None
+    if first is not None:
+        yield number, first
+        for more, row in json_lines(_Joined(following, stream).read, limit, first=False):
+            yield last - 1 + more, row
         return
-    yield from _of_object(head + following + stream.read())
+    rest = stream.read(max(0, limit - len(head) - len(following)) + 1)
+    if len(head) + len(following) + len(rest) > limit:
+        detail = f"an object longer than {limit / 1e6:g} MB"
+        raise Refused("too_long", detail, "Give its rows as one array, or as JSON lines.")
+    yield from _of_object(head + following + rest, is_row)
 
 
-def _joined(head: bytes, following: bytes, stream: IO[bytes]) -> Iterator[bytes]:
-    yield head
-    yield following
-    yield from stream
+def _next_line(stream: IO[bytes], number: int) -> tuple[bytes, int]:
+    """The next line that is not blank (at most a chunk of it), b"" at the end, and its number, ``number`` being that of
+    the line before."""
+    begins = True
+    while line := stream.readline(_CHUNK):
+        number += begins
+        if line.strip():
+            return line, number
+        begins = line.endswith(b"\n")
+    return b"", number
 
 
-def _is_object(line: bytes) -> bool:
+class _Joined:
+    """What was read already, then the stream."""
+
+    def __init__(self, head: bytes, stream: IO[bytes]):
+        self._head, self._stream = head, stream
+
+    def read(self, size: int) -> bytes:
+        head, self._head = self._head, b""
+        return head or self._stream.read(size)
+
+
+def _object(line: bytes) -> dict | None:
     try:
-        return isinstance(json.loads(line), dict)
+        found = json.loads(line)
     except (ValueError, RecursionError):
-        return False
+        return None
+    return found if isinstance(found, dict) else None
 
 
-def _of_object(raw: bytes) -> Found:
+def _of_object(raw: bytes, is_row: Callable[[dict], bool] | None) -> Found:
     whole = parse_json(decode_utf8(raw))
     if not isinstance(whole, dict):
         raise Refused("no_rows", f"{kind_name(whole)}, neither an array nor an object")
-    if any(name in whole for name in _FIELDS):
+    if any(name in whole for name in _FIELDS) or (is_row is not None and is_row(whole)):
         yield 1, whole
         return
     lists = [name for name, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
@@ -76,12 +102,8 @@ def _checked(row: object) -> dict | Refused:
     return row if isinstance(row, dict) else Refused("not_an_object", f"{kind_name(row)}, not an object with fields")
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _elements(head: bytes, stream: IO[bytes]) -> Found:
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
+def _elements(head: bytes, stream: IO[bytes], limit: int) -> Found:
+    decoder = json.JSONDecoder(parse_constant=no_constant)
     text = _Text(head, stream)
     text.skip("[")
     number = 0
@@ -90,7 +112,7 @@ def _elements(head: bytes, stream: IO[bytes]) -> Found:
     else:
         while True:
             number += 1
-            yield number, _checked(text.element(decoder, number))
+            yield number, _checked(text.element(decoder, number, limit))
             separator = text.next()
             if separator not in (",", "]"):
                 what = f"{separator!r} after row {number:,}" if separator else f"the file ends after row {number:,}"
@@ -134,8 +156,8 @@ class _Text:
         assert self.next() == character
         self._place += 1
 
-    def element(self, decoder: json.JSONDecoder, number: int) -> object:
-        """The next element. One that the buffer cuts off is tried again with twice as much."""
+    def element(self, decoder: json.JSONDecoder, number: int, limit: int) -> object:
+        """The next element. One that the buffer cuts off is tried again with twice as much, up to ``limit``."""
         self.next()
         wanted = _CHUNK
         while True:
@@ -146,6 +168,9 @@ class _Text:
                     problem = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(":")[0]
                     detail = f"not JSON ({problem}, row {number:,})"
                     raise Refused("not_json", detail, "Mend it, or fetch it again.") from None
+                if len(self._buffer) - self._place > limit:
+                    detail = f"row {number:,} is not JSON, or longer than {limit / 1e6:g} MB"
+                    raise Refused("too_long", detail, "Mend it, or write it as JSON lines.") from None
                 self._feed(self._stream.read(wanted))
                 wanted *= 2
             else:

@@ -1,0 +1,293 @@
+#include "near.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+#include <tuple>
+
+#include "clones.hpp"
+#include "minhash.hpp"
+#include "runs.hpp"
+
+namespace mainspring {
+
+namespace {
+
+constexpr uint64_t BAND_SEED = 1 << 20, ROW_SEED = 3, PAIRS_SEED = 4;
+constexpr uint64_t ROWS_AT_ONCE = 65536;  // 32 MB at 128 permutations
+constexpr uint64_t SMALL_GROUP = 16, LEADERS = 64;
+constexpr uint64_t READ_AHEAD = 8;  // rows nobody asked for cost less than another read
+
+uint64_t pack(uint32_t unit, uint32_t document) { return uint64_t{unit} << 32 | document; }
+uint32_t high(uint64_t both) { return static_cast<uint32_t>(both >> 32); }
+uint32_t low(uint64_t both) { return static_cast<uint32_t>(both); }
+
+uint32_t row_checksum(const uint32_t* row, uint64_t permutations, uint64_t document) {
+    return static_cast<uint32_t>(hash_bytes(row, permutations * 4, mix(document, ROW_SEED)));
+}
+
+uint64_t rows_at(const Header& header) { return file_bytes(header) - header.rows * (header.permutations + 1) * 4; }
+
+MAINSPRING_CLONES
+uint32_t equal_numbers(const uint32_t* a, const uint32_t* b, uint64_t count) {
+    uint32_t equal = 0;
+    for (uint64_t j = 0; j < count; ++j) equal += a[j] == b[j];
+    return equal;
+}
+
+// Signatures of documents (packed, sorted, each once), in their order: one file after another, neighbours in one read.
+class Rows {
+   public:
+    Rows(const std::vector<std::string>& paths, uint64_t permutations) : paths_(paths), permutations_(permutations) {}
+
+    void load(std::vector<uint64_t> documents) {
+        documents_ = std::move(documents);
+        numbers_.resize(documents_.size() * permutations_);
+        for (uint64_t first = 0; first < documents_.size();) {
+            uint64_t last = first + 1;
+            while (last < documents_.size() && high(documents_[last]) == high(documents_[first])) ++last;
+            load_unit(first, last);
+            first = last;
+        }
+    }
+    const uint32_t* operator[](uint64_t document) const {
+        const auto at = std::lower_bound(documents_.begin(), documents_.end(), document) - documents_.begin();
+        return &numbers_[static_cast<uint64_t>(at) * permutations_];
+    }
+
+   private:
+    void load_unit(uint64_t first, uint64_t last) {
+        InputFile file(paths_[high(documents_[first])]);
+        const uint64_t stride = (permutations_ + 1) * 4, start = rows_at(file.header());
+        for (uint64_t i = first; i < last;) {
+            uint64_t end = i + 1;
+            while (end < last && documents_[end] - documents_[end - 1] <= READ_AHEAD && end - i < 1024) ++end;
+            const uint64_t from = low(documents_[i]), count = low(documents_[end - 1]) - from + 1;
+            buffer_.resize(count * stride / 4);
+            file.read(start + from * stride, count * stride, buffer_.data());
+            for (; i < end; ++i) {
+                const uint32_t* row = &buffer_[(low(documents_[i]) - from) * (permutations_ + 1)];
+                if (row[permutations_] != row_checksum(row, permutations_, low(documents_[i])))
+                    file.damaged("is damaged in the signature of document " + std::to_string(low(documents_[i])));
+                std::copy_n(row, permutations_, &numbers_[i * permutations_]);
+            }
+        }
+    }
+
+    const std::vector<std::string>& paths_;
+    uint64_t permutations_;
+    std::vector<uint64_t> documents_;
+    std::vector<uint32_t> numbers_, buffer_;
+};
+
+// The documents of one key, compared one after another.
+class Group {
+   public:
+    Group(const PairOptions& options, uint64_t permutations, uint64_t size, std::vector<Duplicate>& out)
+        : options_(options), permutations_(permutations), all_(size <= SMALL_GROUP), out_(out) {}
+
+    void add(uint64_t document, const uint32_t* row) {
+        bool alone = true;
+        for (uint64_t i = 0; i < leaders_.size(); ++i) {
+            if (!alike(row, &rows_[i * permutations_])) continue;
+            alone = false;
+            if (!in_earlier_band(row, &rows_[i * permutations_]))
+                out_.push_back({high(document), low(document), high(leaders_[i]), low(leaders_[i])});
+        }
+        if ((all_ || alone) && leaders_.size() < LEADERS) {
+            leaders_.push_back(document);
+            rows_.insert(rows_.end(), row, row + permutations_);
+        }
+    }
+
+   private:
+    bool alike(const uint32_t* a, const uint32_t* b) const {
+        return equal_numbers(a, b, permutations_) >= options_.matches;
+    }
+    bool in_earlier_band(const uint32_t* a, const uint32_t* b) const {
+        for (uint64_t band = 0; band < options_.band; ++band)
+            if (std::equal(a + band * options_.rows, a + (band + 1) * options_.rows, b + band * options_.rows)) return true;
+        return false;
+    }
+
+    const PairOptions& options_;
+    uint64_t permutations_;
+    bool all_;
+    std::vector<Duplicate>& out_;
+    std::vector<uint64_t> leaders_;
+    std::vector<uint32_t> rows_;
+};
+
+// The band's records of all units in the range, sorted; and the permutations, the same in all files.
+std::vector<Record<1>> keys_of(const std::vector<std::string>& paths, const Mask& mask, const PairOptions& options,
+                               KeyRange range, uint64_t& permutations) {
+    std::vector<Record<1>> records;
+    for (uint64_t unit = 0; unit < paths.size(); ++unit) {
+        InputFile file(paths[unit]);
+        const Header& header = file.header();
+        if (header.key_words != 1 || header.permutations == 0) file.damaged("is no file of signatures");
+        if (header.settings != options.settings) file.damaged("was signed with other settings");
+        if (options.band >= header.sections) file.damaged("has no band " + std::to_string(options.band));
+        permutations = header.permutations;
+        const uint8_t* keep = mask(unit, header.rows);
+        const uint64_t at = HEADER_BYTES + options.band * section_bytes<1>(header.records);
+        read_section<1>(file, at, BAND_SEED + options.band, range, static_cast<uint32_t>(unit),
+                        [&](const Record<1>& record) {
+                            if (record.document >= header.rows) file.damaged("names a document that it has not");
+                            if (keep == nullptr || keep[record.document]) records.push_back(record);
+                        });
+    }
+    sort_records(records, range);
+    return records;
+}
+
+// Only keys of two documents or more are of interest.
+struct Span {
+    uint64_t first, last;
+};
+
+std::vector<Span> groups_of(const std::vector<Record<1>>& records) {
+    std::vector<Span> groups;
+    for (uint64_t first = 0, last; first < records.size(); first = last) {
+        last = first + 1;
+        while (last < records.size() && records[last].key == records[first].key) ++last;
+        if (last - first > 1) groups.push_back({first, last});
+    }
+    return groups;
+}
+
+// Rows for the records in `spans`.
+void load_rows(Rows& rows, const std::vector<Record<1>>& records, const std::vector<Span>& spans) {
+    std::vector<uint64_t> documents;
+    for (const Span& span : spans)
+        for (uint64_t i = span.first; i < span.last; ++i)
+            documents.push_back(pack(records[i].unit, records[i].document));
+    std::sort(documents.begin(), documents.end());
+    rows.load(std::move(documents));
+}
+
+}  // namespace
+
+std::string encode_signatures(const uint32_t* signatures, uint64_t documents, uint64_t permutations, Split split,
+                              uint64_t settings) {
+    if (documents > UINT32_MAX) throw std::length_error("a unit has less than 2^32 documents");
+    if (split.bands == 0 || split.rows == 0 || split.bands > permutations / split.rows)
+        throw std::invalid_argument("bands of these rows do not fit the permutations");
+    std::vector<uint32_t> signed_ones;
+    for (uint64_t i = 0; i < documents; ++i) {
+        const uint32_t* row = signatures + i * permutations;
+        if (std::any_of(row, row + permutations, [](uint32_t number) { return number != UNSIGNED; }))
+            signed_ones.push_back(static_cast<uint32_t>(i));
+    }
+    const Header header{1, split.bands, signed_ones.size(), documents, permutations, settings};
+    std::string out;
+    out.reserve(file_bytes(header));
+    append_header(out, header);
+    std::vector<Record<1>> records(signed_ones.size());
+    for (uint64_t band = 0; band < split.bands; ++band) {
+        for (uint64_t i = 0; i < signed_ones.size(); ++i) {
+            const uint32_t* numbers = signatures + signed_ones[i] * permutations + band * split.rows;
+            records[i] = {{hash_bytes(numbers, split.rows * 4, band)}, 0, signed_ones[i]};
+        }
+        sort_records(records, {0, ~uint64_t{0}});
+        append_section(out, records, BAND_SEED + band);
+    }
+    for (uint64_t i = 0; i < documents; ++i) {
+        const uint32_t* row = signatures + i * permutations;
+        const uint32_t checksum = row_checksum(row, permutations, i);
+        out.append(reinterpret_cast<const char*>(row), permutations * 4);
+        out.append(reinterpret_cast<const char*>(&checksum), 4);
+    }
+    return out;
+}
+
+std::vector<Duplicate> near_pairs(const std::vector<std::string>& paths, const Mask& mask, const PairOptions& options) {
+    const KeyRange range = key_range(options.part, options.parts);
+    uint64_t permutations = 0;
+    const std::vector<Record<1>> records = keys_of(paths, mask, options, range, permutations);
+    const std::vector<Span> groups = groups_of(records);
+    std::vector<Duplicate> pairs;
+    Rows rows(paths, permutations);
+    for (uint64_t next = 0; next < groups.size();) {
+        std::vector<Span> batch;
+        for (uint64_t size = 0; next < groups.size(); ++next) {
+            const uint64_t more = groups[next].last - groups[next].first;
+            if (!batch.empty() && size + more > ROWS_AT_ONCE) break;
+            batch.push_back(groups[next]);
+            size += more;
+        }
+        const uint64_t size = batch[0].last - batch[0].first;
+        if (size > ROWS_AT_ONCE) {  // alone in its batch, and a piece at a time
+            Group group(options, permutations, size, pairs);
+            for (uint64_t i = batch[0].first; i < batch[0].last; i += ROWS_AT_ONCE) {
+                const uint64_t end = std::min(batch[0].last, i + ROWS_AT_ONCE);
+                load_rows(rows, records, {{i, end}});
+                for (uint64_t k = i; k < end; ++k) {
+                    const uint64_t document = pack(records[k].unit, records[k].document);
+                    group.add(document, rows[document]);
+                }
+            }
+            continue;
+        }
+        load_rows(rows, records, batch);
+        for (const Span& span : batch) {
+            Group group(options, permutations, span.last - span.first, pairs);
+            for (uint64_t i = span.first; i < span.last; ++i) {
+                const uint64_t document = pack(records[i].unit, records[i].document);
+                group.add(document, rows[document]);
+            }
+        }
+    }
+    std::sort(pairs.begin(), pairs.end(), [](const Duplicate& a, const Duplicate& b) {
+        return std::tie(a.unit, a.document, a.first_unit, a.first_document) <
+               std::tie(b.unit, b.document, b.first_unit, b.first_document);
+    });
+    return pairs;
+}
+
+std::string encode_pairs(const std::vector<Duplicate>& pairs) {
+    std::vector<Record<2>> records(pairs.size());
+    for (uint64_t i = 0; i < pairs.size(); ++i)
+        records[i] = {{pack(pairs[i].unit, pairs[i].document), pack(pairs[i].first_unit, pairs[i].first_document)}, 0, 0};
+    std::string out;
+    const Header header{2, 1, pairs.size(), 0, 0, PAIRS_SEED};
+    out.reserve(file_bytes(header));
+    append_header(out, header);
+    append_section(out, records, PAIRS_SEED);
+    return out;
+}
+
+std::vector<Duplicate> near_clusters(const std::vector<std::string>& paths, uint64_t units, uint64_t pairs_at_once) {
+    uint64_t total = 0;
+    for (const std::string& path : paths) {
+        InputFile file(path);
+        if (file.header().settings != PAIRS_SEED) file.damaged("is no file of pairs");
+        total += file.header().records;
+    }
+    const uint64_t pieces = std::max<uint64_t>(1, std::min(units, total / std::max<uint64_t>(1, pairs_at_once) + 1));
+    std::vector<Duplicate> gone;
+    const auto goes = [&](uint64_t document) {
+        const auto at = std::lower_bound(gone.begin(), gone.end(), document, [](const Duplicate& one, uint64_t other) {
+            return pack(one.unit, one.document) < other;
+        });
+        return at != gone.end() && pack(at->unit, at->document) == document;
+    };
+    std::vector<Record<2>> pairs;
+    for (uint64_t piece = 0; piece < pieces; ++piece) {
+        const uint64_t first = units * piece / pieces, last = units * (piece + 1) / pieces;
+        pairs.clear();
+        for (const std::string& path : paths) {
+            InputFile file(path);
+            read_section<2>(file, HEADER_BYTES, PAIRS_SEED, {first << 32, (last << 32) - 1}, 0,
+                            [&](const Record<2>& record) { pairs.push_back(record); });
+        }
+        std::sort(pairs.begin(), pairs.end());
+        for (const Record<2>& pair : pairs) {
+            const auto [document, other] = pair.key;
+            if (!gone.empty() && pack(gone.back().unit, gone.back().document) == document) continue;  // for an earlier one
+            if (!goes(other)) gone.push_back({high(document), low(document), high(other), low(other)});
+        }
+    }
+    return gone;
+}
+
+}  // namespace mainspring
