@@ -36,6 +36,9 @@ def pairs(
 ) -> bytes:
     """The file of verified pairs of a band's range of keys. ValueError(path, problem) for a bad file."""
 
+def pair_bytes(pairs: NDArray[np.uint32]) -> bytes:
+    """The same file of pairs [pairs, 4] that are known, in order: (unit, document, earlier unit, earlier document)."""
+
 def clusters(paths: list[str], units: int, pairs_at_once: int) -> NDArray[np.uint32]:
     """[n, 4] (unit, document, first unit, first document) of what goes. ValueError(path, problem) for a bad file."""
 

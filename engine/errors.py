@@ -16,3 +16,7 @@ class UserError(Exception):
         if fix:
             message = f"{message.rstrip('.')}. {fix}"
         super().__init__(" ".join(message.split()))
+
+
+class Interrupted(UserError):
+    """Work that was stopped from outside: what was finished is kept, and the same command goes on from there."""

@@ -140,6 +140,13 @@ py::bytes pairs(const std::vector<std::string>& paths, const py::object& keep, c
     return out;
 }
 
+py::bytes pair_bytes(const py::array_t<uint32_t, py::array::c_style>& rows) {
+    if (rows.ndim() != 2 || rows.shape(1) != 4) throw py::value_error("pairs must be [pairs, 4]");
+    std::vector<Duplicate> found(static_cast<size_t>(rows.shape(0)));
+    if (!found.empty()) std::memcpy(found.data(), rows.data(), found.size() * sizeof(Duplicate));
+    return encode_pairs(found);
+}
+
 py::array_t<uint32_t> clusters(const std::vector<std::string>& paths, uint64_t units, uint64_t pairs_at_once) {
     std::vector<Duplicate> found;
     {
@@ -188,6 +195,7 @@ PYBIND11_MODULE(_dedup, m) {
         return pairs(paths, keep, {band, part, parts, matches, rows, settings});
     }, py::arg("paths"), py::arg("keep"), py::arg("band"), py::arg("part"), py::arg("parts"), py::arg("matches"),
           py::arg("rows"), py::arg("settings"));
+    m.def("pair_bytes", &pair_bytes, py::arg("pairs"));
     m.def("clusters", &clusters, py::arg("paths"), py::arg("units"), py::arg("pairs_at_once"));
     m.def("character", [](uint32_t code) {
         const Character found = character(code);

@@ -1,4 +1,4 @@
-"""Writes unicode_table.inc from this Python's unicodedata: `python csrc/dedup/make_unicode.py > csrc/dedup/unicode_table.inc`.
+"""Makes unicode_table.inc from this Python's unicodedata: `cd csrc/dedup; python make_unicode.py > unicode_table.inc`.
 
 Letters, marks and numbers make words; those of scripts written without spaces make a word each.
 """

@@ -25,10 +25,12 @@ class CleaningConfig(Section):
         "safe", "prose rules: what is certainly junk; or also Gopher's published web filters; or FineWeb's beside them"
     )
     language: list[Language] = option(list, "drop prose that is plainly in none of these languages", "ISO 639-1")
-    max_urls: int | None = option(None, "prose with more web addresses is dropped; unset: any number", "addresses", ge=0)
+    max_urls: int | None = option(
+        None, "prose with more web addresses is dropped; unset: any number", "addresses", ge=0
+    )
     boilerplate: bool = option(False, "remove lines of web furniture from prose: cookie banners, share and menu lines")
     licence_headers: bool = option(False, "remove the comment with licence or copyright at the top of code")
-    mojibake: bool = option(False, "mend text that was decoded wrongly (â€™ for ’); needs ftfy: mainspring[clean]")
+    mojibake: bool = option(False, "mend text that was decoded as another encoding; needs ftfy: mainspring[clean]")
 
 
 class PersonalDataConfig(Section):

@@ -1,4 +1,4 @@
-"""Near-duplicate documents in `prepare` (``--near_dedup.threshold 0.8``): what is compared, and from where on it counts."""
+"""Near-duplicate documents in `prepare` (``--near_dedup.threshold 0.8``): what is compared, and how like is alike."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from engine.data.prefetch import ReaderPool
 from engine.errors import UserError
 
 if TYPE_CHECKING:
+    from engine.data.ledger import Given
     from engine.data.loader import Batch
 
 
@@ -44,6 +45,20 @@ class StepReader(ABC):
     @abstractmethod
     def order(self) -> str:
         """The name of the order in which samples come: engine/data/order.py."""
+
+    @abstractmethod
+    def given(self, position: int) -> list[Given]:
+        """What each source gave of the run's first ``position`` tokens."""
+
+    def begin(self, *, steps: int, step: int = 0, position: int = 0, record: dict[str, Any] | None = None
+              ) -> tuple[str, ...]:
+        """Before the first step of a run of ``steps`` steps that stands at ``step`` and ``position`` (tokens), with
+        what ``record`` gave at that position. -> what is other than it was then, for people. Raises UserError."""
+        return ()
+
+    def record(self, position: int) -> dict[str, Any] | None:
+        """What ``begin`` needs to go on from ``position`` tokens in a later process: plain values, or None."""
+        return None
 
     def __init__(self, *, seq_length: int, dp_rank: int, dp_size: int, num_workers: int):
         if not 0 <= dp_rank < dp_size:

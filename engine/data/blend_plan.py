@@ -1,7 +1,7 @@
 """What a run reads from each of its sources, from the first step to the last and over every resume.
 
 Planned are weights that change at a step, sources that leave at their last epoch, and sources that come or go between
-two starts of a run. All of it becomes segments of a ``BlendIndex``; a checkpoint keeps those up to its position, so that
+two starts of a run. All of it becomes segments of a ``BlendIndex``; a checkpoint keeps those up to its position, and
 the next start goes on from there whatever the configuration says by then. A source is known by the hash of its .idx
 file: moved to another path, it goes on with its next block.
 """
@@ -25,7 +25,7 @@ from engine.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """A prepared directory. ``blocks``: of model.seq_length tokens, in an epoch. ``fingerprint``: SHA-256 of its .idx."""
+    """A prepared directory. ``blocks``: of model.seq_length tokens, in an epoch. ``fingerprint``: hash of its .idx."""
 
     path: str
     fingerprint: str
@@ -73,12 +73,16 @@ class Wanted:
     def of(cls, cfg: Any) -> Wanted:
         """What ``cfg.data`` says (a Config, or what has its fields)."""
         data, train, full = cfg.data, cfg.train, cfg.model.seq_length
+
+        def tokens_before(step: int) -> int:
+            return train.tokens_before(step, full)
+
         if data.path is not None:
-            return cls((str(data.path),), (None,), ((0, (1.0,)),), "tokens", lambda step: train.tokens_before(step, full))
+            return cls((str(data.path),), (None,), ((0, (1.0,)),), "tokens", tokens_before)
         weights = [(0, [entry.weight for entry in data.blend])]
         weights += [(change.step, change.weights) for change in data.blend_changes]
         return cls(tuple(str(entry.path) for entry in data.blend), tuple(entry.max_epochs for entry in data.blend),
-                   tuple(weights), data.blend_by, lambda step: train.tokens_before(step, full))
+                   tuple(weights), data.blend_by, tokens_before)
 
     def plan(self, indices: Sequence[SampleIndex], *, step: int = 0, position: int = 0,
              record: dict[str, Any] | None = None) -> BlendPlan:
@@ -178,7 +182,7 @@ class BlendPlan:
             numbers = tuple(number for number, _ in active)
             shares = tuple(integer_weights([weight for _, weight in active]).tolist())
             if not segments or (segments[-1].sources, segments[-1].weights) != (numbers, shares):
-                if past and segments == past:
+                if past and at == self._first_block:
                     self.notes.append(self._mixture(numbers, shares))
                 segments.append(Segment(at, numbers, shares, tuple(given.tolist())))
             last = segments[-1]

@@ -17,7 +17,7 @@ from engine.data.cleaning_lines import remove_furniture, remove_licence_header
 from engine.data.cleaning_repair import MENDS, mojibake_fixer, repair
 from engine.data.cleaning_report import EXCERPT_CHARACTERS, SAMPLES_PER_RULE, CleaningReport
 from engine.data.cleaning_rules import BOTH, RULES, Kind, Limits, Page, Rule, rules_of, select_rules
-from engine.data.contamination import Contamination
+from engine.data.contamination import Contamination, load
 from engine.data.personal_data import mask
 
 __all__ = [
@@ -60,7 +60,7 @@ class Cleaner:
         self.rules = rules_of(self.config) if rules is None else rules
         self.report = CleaningReport()
         self.masks = tuple(personal_data.mask) if personal_data else ()
-        self.contamination = Contamination(decontaminate) if decontaminate and decontaminate.sets else None
+        self.contamination = load(decontaminate) if decontaminate and decontaminate.sets else None
         self._rules_of = {kind: [rule for rule in self.rules if kind in rule.kinds] for kind in BOTH}
         self._fix_mojibake = mojibake_fixer() if self.config.mojibake else None
         changing = {"prose": self.config.mojibake or self.config.boilerplate, "code": self.config.licence_headers}
@@ -106,10 +106,10 @@ class Cleaner:
         return text
 
     def as_manifest(self) -> dict[str, Any]:
-        """The ``cleaning`` entry of manifest.json: what ``report`` counts, and which evaluation sets were looked for."""
+        """The ``cleaning`` entry of manifest.json: what ``report`` counts, and the evaluation sets it looked for."""
         entry = self.report.as_manifest(self.rules)
         if self.contamination is not None:
-            entry["contamination"] = self.contamination.as_manifest(entry["contamination"])
+            entry["contamination"] = self.contamination.as_manifest(entry.get("contamination", {}))
         return entry
 
     def _change(self, text: str, kind: Kind, done: _Done) -> str:

@@ -20,6 +20,8 @@ SCRIPTS = (
     "hangul", "other",
 )  # fmt: skip
 MIN_LETTERS, MIN_WORDS = 50, 20
+# A character that is a syllable or a word weighs as much as the letters it stands for.
+_WEIGHT = {"han": 3, "kana": 2, "hangul": 2}
 
 LANGUAGES = [language for table in FUNCTION_WORDS.values() for language in table]
 SCRIPT_OF = {language: script for script, table in FUNCTION_WORDS.items() for language in table}
@@ -27,7 +29,10 @@ SCRIPT_OF = {language: script for script, table in FUNCTION_WORDS.items() for la
 
 @dataclass(frozen=True)
 class Guess:
-    """What the letters and words of a text say; ``hits``: how many words are function words of each language."""
+    """What the letters and words of a text say; ``hits``: how many words are function words of each language.
+
+    ``letters`` as in an alphabet: a Chinese character counts as three.
+    """
 
     letters: int
     script: str
@@ -67,8 +72,8 @@ def _function_words() -> FunctionWords:
 def guess(text: str) -> Guess:
     """The script of most letters, and the function words of its languages, in the first 65,536 characters."""
     counts, words, hits = _function_words().hints(text)
-    letters = dict(zip(SCRIPTS, counts, strict=True))
-    total = sum(counts)
+    letters = {name: count * _WEIGHT.get(name, 1) for name, count in zip(SCRIPTS, counts, strict=True)}
+    total = sum(letters.values())
     # Japanese is kana among Chinese characters, and Chinese has none.
     if 10 * letters["kana"] >= letters["han"] + letters["kana"] > 0:
         letters["kana"] += letters.pop("han")

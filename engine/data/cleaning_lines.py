@@ -11,88 +11,110 @@ from collections import Counter
 # A longer line is a paragraph of the text, whatever it mentions.
 LONGEST = 200
 
+# Words that are headings or ends of sentences as often ("Search", "register.") are not among them.
 _EXACT = {
-    "share": "share|share this|share this post|share this article|share this page|share this story|share on facebook|"
+    "share": "share this|share this post|share this article|share this page|share this story|share on facebook|"
              "share on twitter|share on x|share on linkedin|share on whatsapp|share on pinterest|share via email|tweet|"
-             "tweet this|pin it|email this|email this page|print this page|print this article|print|like this|"
+             "tweet this|pin it|email this|email this page|print this page|print this article|like this:|share this:|"
              "facebook twitter|facebook twitter linkedin|facebook twitter linkedin email|copy link|send to a friend",
     "navigation": "skip to content|skip to main content|skip to navigation|skip navigation|jump to navigation|"
-                  "jump to content|jump to search|back to top|back to the top|top of page|return to top|scroll to top|"
-                  "home|menu|main menu|toggle navigation|toggle menu|open menu|close menu|search|search this site|"
-                  "site map|sitemap|next|previous|next page|previous page|next post|previous post|older posts|"
-                  "newer posts|read more|read more...|continue reading|show more|show less|load more|view more|"
-                  "view all|see all|see more|click here|learn more|related posts|related articles|you may also like|"
-                  "recommended for you|advertisement|advertisements|sponsored|sponsored content|loading|loading...|"
-                  "please wait",
-    "account": "log in|login|sign in|sign up|register|log out|sign out|my account|create account|create an account|"
-               "forgot password|forgot your password|remember me|subscribe|subscribe now|subscribe to our newsletter|"
-               "sign up for our newsletter|enter your email address|your email address|leave a comment|leave a reply|"
-               "post a comment|add a comment|reply|log in to reply|you must be logged in to post a comment|"
-               "your email address will not be published|required fields are marked|add to cart|view cart|checkout",
+                  "jump to content|jump to search|back to top|back to the top|return to top|scroll to top|main menu|"
+                  "toggle navigation|toggle menu|open menu|close menu|search this site|search for:|site map|sitemap|"
+                  "next page|previous page|next post|previous post|older posts|newer posts|read more|continue reading|"
+                  "show more|show less|load more|view more|view all|see all|see more|click here|learn more|"
+                  "related posts|related articles|you may also like|recommended for you|advertisement|advertisements|"
+                  "sponsored content|please wait",
+    "account": "log in|login|sign in|sign up|log out|sign out|my account|create account|create an account|remember me|"
+               "forgot password|forgot password?|forgot your password?|subscribe|subscribe now|add to cart|view cart|"
+               "subscribe to our newsletter|sign up for our newsletter|enter your email address|your email address|"
+               "leave a comment|leave a reply|post a comment|log in to reply|required fields are marked|"
+               "you must be logged in to post a comment|your email address will not be published|"
+               "your email address will not be published. required fields are marked",
     "notice": "all rights reserved|privacy policy|terms of use|terms of service|terms and conditions|cookie policy|"
-              "cookie settings|cookie preferences|manage cookies|accept|accept all|accept cookies|accept all cookies|"
-              "reject all|decline|got it|i agree|contact us|about us|powered by wordpress|proudly powered by wordpress",
+              "cookie settings|cookie preferences|manage cookies|accept all|accept cookies|accept all cookies|"
+              "reject all|contact us|about us|powered by wordpress|proudly powered by wordpress",
 }  # fmt: skip
-_KIND_OF = {line: kind for kind, lines in _EXACT.items() for line in lines.split("|")}
-_EDGES = " \t\u00a0.!:|»«›‹>→←↑▲▼•·*-–—()[]…"  # noqa: RUF001 - signs that stand around such a line
+_EDGES = " \t\u00a0|\u00bb\u00ab\u203a\u2039>\u2192\u2190\u2191\u25b2\u25bc()[]\u2026"
+_SENTENCES = frozenset(["all rights reserved", "you must be logged in to post a comment", "required fields are marked",
+                        "your email address will not be published"])  # fmt: skip
 
-# A word that must be in the line, and what it must then be.
+
+def _spellings() -> dict[str, str]:
+    """Line as it may stand on a page -> what it is. Never in lower case: that is the middle of a sentence."""
+    found = {}
+    for kind, lines in _EXACT.items():
+        for line in lines.split("|"):
+            for end in ("", ".", " *") if line in _SENTENCES else ("",):
+                for spelling in (line.capitalize(), line.title(), line.upper(), "Share on " + line[9:].title()):
+                    if spelling.lower() == line:
+                        found[spelling + end] = kind
+    return found
+
+
+_KIND_OF = _spellings()
+# A word that must be in the line, and what it must then be, both in lower case.
 _PATTERNS = {
     "cookie": ("cookies", re.compile(
         r"(?:this|our) (?:web)?(?:site|page) uses cookies\b.*|(?:we|we and our partners) use cookies\b.*|"
-        r"by (?:continuing|using|browsing|clicking)\b.*\bcookies\b.*|.*\baccept (?:all )?(?:the use of )?cookies\b.*")),
+        r"by (?:continuing|using|browsing|clicking)\b.*\bcookies\b.*|"
+        r"(?:i )?accept (?:all )?(?:the use of )?cookies\W*")),
     "javascript": ("notice", re.compile(
-        r"(?:please )?(?:enable|turn on|activate) javascript\b.*|"
+        r"(?:please )?(?:enable|turn on|activate) javascript\b.*|javascript (?:is|must be) (?:disabled|enabled)\b.*|"
         r"(?:this (?:site|page|website|feature)|you need to enable|your browser)\b.*\bjavascript\b.*")),
-    "©": ("notice", re.compile(r"(?:copyright )?© ?(?:copyright )?(?:\d{4}).{0,80}")),
-    "rights reserved": ("notice", re.compile(r"(?:copyright\b.*|©.*|\(c\).*|.{0,40})\ball rights reserved\b.{0,40}")),
+    "\u00a9": ("notice", re.compile(r"(?:copyright )?\u00a9 ?(?:copyright )?\d{4}.{0,80}")),
+    "all rights reserved": ("notice", re.compile(r"(?:copyright\b|\u00a9|\(c\)).*\ball rights reserved\b.{0,40}")),
 }  # fmt: skip
-_MENU_WORDS = frozenset(
-    "home|about|about us|contact|contact us|login|log in|sign in|sign up|register|search|sitemap|site map|privacy|"
-    "privacy policy|terms|terms of use|terms of service|help|faq|blog|news|archive|archives|products|services|shop|"
-    "cart|my account|account|rss|subscribe|careers|press|menu|support|download|downloads|forum|forums".split("|")
-)
-_MENU_GAP = re.compile(r"\s*[|»›>·•]\s*|\s{3,}|\t")
+_MENU_WORDS = frozenset([
+    "home", "about", "about us", "contact", "contact us", "login", "log in", "sign in", "sign up", "register", "search",
+    "sitemap", "site map", "privacy", "privacy policy", "terms", "terms of use", "terms of service", "help", "faq",
+    "blog", "news", "archive", "archives", "products", "services", "shop", "cart", "my account", "account", "rss",
+    "subscribe", "careers", "press", "menu", "support", "download", "downloads", "forum", "forums",
+])  # fmt: skip
+# One of these is in every menu that is taken for one.
+_MENU_SIGNS = ("home", "contact", "log in", "login", "sign in", "privacy")
+_MENU_GAP = re.compile(r"\s*[|\u00bb\u203a>\u00b7\u2022]\s*|\s{3,}|\t")
 
 
 def remove_furniture(text: str) -> tuple[str, Counter[str], str]:
     """Prose without the lines that are web furniture, how many went by kind, and the first of them."""
-    removed: Counter[str] = Counter()
-    first, kept = "", []
+    lines, found = text.split("\n"), {}
+    bare = [line.strip(_EDGES) for line in lines]
+    if not _KIND_OF.keys().isdisjoint(bare):
+        found = {number: _KIND_OF[line] for number, line in enumerate(bare) if line in _KIND_OF}
     lowered = text.lower()
-    patterns = [pattern for word, pattern in _PATTERNS.items() if word in lowered]
-    for line in text.split("\n"):
-        kind = _furniture(line, patterns) if 0 < len(line) <= LONGEST else None
-        if kind is None:
-            kept.append(line)
-        else:
-            removed[kind] += 1
-            first = first or line.strip()
-    return ("\n".join(kept) if removed else text), removed, first
+    words = [word for word in (*_PATTERNS, *_MENU_SIGNS) if word in lowered]
+    if words:
+        for number, line in enumerate(lowered.split("\n")):
+            if len(line) <= LONGEST and number not in found and (kind := _matching(line, words)):
+                found[number] = kind
+    if not found:
+        return text, Counter(), ""
+    kept = "\n".join(line for number, line in enumerate(lines) if number not in found)
+    return kept, Counter(found.values()), lines[min(found)].strip()
 
 
-def _furniture(line: str, patterns: list[tuple[str, re.Pattern[str]]]) -> str | None:
-    bare = line.strip(_EDGES).lower()
-    if not bare:
-        return None
-    if kind := _KIND_OF.get(bare):
-        return kind
-    for kind, pattern in patterns:
-        if pattern.fullmatch(bare):
-            return kind
-    return "navigation" if _is_menu(line, bare) else None
+def _matching(line: str, words: list[str]) -> str | None:
+    """What a line in lower case is, if it holds one of ``words`` and nothing that a reader wants."""
+    for word in words:
+        if word in line:
+            kind, pattern = _PATTERNS.get(word, ("navigation", None))
+            if pattern.fullmatch(line.strip(_EDGES)) if pattern else _is_menu(line):
+                return kind
+    return None
 
 
-def _is_menu(line: str, bare: str) -> bool:
+def _is_menu(line: str) -> bool:
     """Three entries or more, of which half at least are what menus hold. A row of a Markdown table is none."""
     if line.lstrip().startswith("|"):
         return False
-    entries = _MENU_GAP.split(bare)
+    entries = _MENU_GAP.split(line.strip(_EDGES))
     return len(entries) >= 3 and 2 * sum(entry in _MENU_WORDS for entry in entries) >= len(entries)
 
 
 _KEPT_HEAD = re.compile(r"#!|#.*coding[:=]|<\?")  # a shebang, an encoding, an opening <?php or <?xml
-_LINE_COMMENT = re.compile(r"[ \t]*(?:#(?![ \t]*(?:include|define|if|ifn?def|pragma|undef|import|error)\b)|//|--|;|%|!|\")")
+_LINE_COMMENT = re.compile(
+    r"[ \t]*(?:#(?![ \t]*(?:include|define|if|ifn?def|pragma|undef|import|error)\b)|//|--|;|%|!|\")"
+)
 _LICENCE = re.compile(r"copyright|licen[cs]e|spdx-|all rights reserved|\(c\) ?\d{4}", re.IGNORECASE)
 
 

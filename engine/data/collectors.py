@@ -13,8 +13,9 @@ path of its .py file.
 
 What a kill costs: a source is read part by part, `parts` says which there are, and a finished part is kept. Without
 `parts` the whole source is one, and is collected again from its beginning. Once everything is prepared, the same
-command collects nothing: the result is used as it is while `identity` is the same, so change ``version`` where the
-source has news. Two runs give the same bytes only if the source gives the same documents in the same order.
+command collects nothing: the result is used as it is while `identity` is the same (the class's file, name, version and
+parts), so change ``version`` where the source has news. Two runs give the same bytes only if the source gives the same
+documents in the same order.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from engine.errors import UserError
+from engine.errors import Interrupted, UserError
 
 _EXAMPLE = "Give python:MODULE:CLASS or python:FILE.py:CLASS."
 
@@ -58,9 +59,10 @@ class Collector:
         yield from self.documents()
 
     def identity(self) -> str:
-        """SHA-256 of what the class is: its name, version and parts; not of what it collects."""
-        kind = type(self)
-        return hashlib.sha256(repr((kind.__qualname__, self.name, self.version, *self.parts())).encode()).hexdigest()
+        """SHA-256 of what the class is: its file, name, version and parts; not of what it collects."""
+        file = Path(inspect.getfile(type(self))).read_bytes()
+        names = repr((type(self).__qualname__, self.name, self.version, *parts_of(self)))
+        return hashlib.sha256(file + names.encode()).hexdigest()
 
 
 def load(where: Path) -> Collector:
@@ -119,19 +121,40 @@ def _current_folder() -> Iterator[None]:
         sys.path.remove("")
 
 
+def parts_of(collector: Collector) -> Sequence[str]:
+    """Its parts. Interrupted where it must ask for them and gets no answer."""
+    try:
+        return list(collector.parts())
+    except OSError as error:
+        raise _failed(collector, error, "cannot tell its parts") from error
+
+
+def _place(collector: Collector, part: str) -> str:
+    return f"{collector.name}/{part}" if part else collector.name
+
+
+def place_of(where: Path, part: int) -> str:
+    """How places of this part begin: the collector's name, and that of the part, if it has one."""
+    collector = load(where)
+    return _place(collector, parts_of(collector)[part])
+
+
+def _failed(collector: Collector, error: OSError, what: str) -> Interrupted:
+    problem = f"{what} ({error.strerror or error})"
+    return Interrupted(problem, where=collector.name, fix="Run it again; finished parts are kept.")
+
+
 def items(collector: Collector, first: int, end: int | None) -> Iterator[tuple[str, int, dict | str]]:
-    """(place, number in it from 1, item) of the parts from ``first`` to ``end``. A place is the collector's name, and
-    that of the part, if it has one.
+    """(`place_of` the part, number in it from 1, item) of the parts from ``first`` to ``end``.
 
     Raises:
-        UserError: the source cannot be reached.
+        Interrupted: the source cannot be reached.
     """
     number = 0
     try:
-        for part in collector.parts()[first:end]:
-            place = f"{collector.name}/{part}" if part else collector.name
+        for part in parts_of(collector)[first:end]:
+            place = _place(collector, part)
             for number, item in enumerate(collector.documents_of(part), 1):
                 yield place, number, item
     except OSError as error:
-        problem = f"stopped after {number:,} documents ({error.strerror or error})"
-        raise UserError(problem, where=collector.name, fix="Run it again; finished parts are kept.") from error
+        raise _failed(collector, error, f"stopped after {number:,} documents") from error

@@ -13,6 +13,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,10 @@ class Contamination:
 
     def as_manifest(self, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """What was looked for, each set with what the report says was ``found`` of it."""
-        sets = {}
+        sets, nothing = {}, {"documents": 0, "samples": []}
         for item in self.sets:
             facts = {"sha256": item.sha256, "items": item.items, "too_short": item.too_short}
-            sets[item.name] = facts | {name: found[item.name][name] for name in ("documents", "samples")}
+            sets[item.name] = facts | {name: found.get(item.name, nothing)[name] for name in nothing}
         return {"ngram": self.config.ngram, "action": self.config.action, "ngrams": self.ngrams, "sets": sets}
 
     def _hits(self, page: Page) -> bool:
@@ -86,6 +87,23 @@ class Contamination:
                 fix="Give JSONL whose records hold the questions as text, or a text file with an item a paragraph.",
             )  # fmt: skip
         return EvaluationSet(name, hashlib.sha256(raw).hexdigest(), items, too_short)
+
+
+def load(config: DecontaminationConfig) -> Contamination:
+    """The same as the class; the last one is kept, for as long as its files are what they were."""
+    stamps = []
+    for entry in config.sets:
+        try:
+            facts = Path(entry.partition("=")[2]).expanduser().stat()
+            stamps.append((facts.st_ino, facts.st_size, facts.st_mtime_ns))
+        except OSError:
+            stamps.append(None)  # its reading says what is wrong
+    return _load(config.model_dump_json(), tuple(stamps))
+
+
+@lru_cache(maxsize=1)
+def _load(config: str, stamps: tuple) -> Contamination:
+    return Contamination(DecontaminationConfig.model_validate_json(config))
 
 
 def _bytes_of(path: Path, where: str) -> bytes:

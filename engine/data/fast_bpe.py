@@ -41,6 +41,8 @@ def build(model: tokenizers.Tokenizer) -> _tokenize.Encoder:
     ``model`` must spell special tokens out (``encode_special_tokens``), as ours do. Raises NotFast with the reason.
     """
     content = json.loads(model.to_str())
+    if len(content["model"].get("vocab", ())) != model.get_vocab_size(with_added_tokens=False):
+        raise NotFast("ids that two tokens share")  # the file that it writes lacks one of them
     normal_form = _normal_form(content["normalizer"])
     pattern = _pattern(content["pre_tokenizer"])
     byte_ids, merges, words = _model(content["model"])
@@ -86,8 +88,8 @@ def _model(model: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[bytes, i
         if model.get(name):
             raise NotFast(f"model with {name}")
     vocabulary: dict[str, int] = model["vocab"]
-    if len(set(vocabulary.values())) != len(vocabulary) or (vocabulary and max(vocabulary.values()) >= 2**31):
-        raise NotFast("ids that two tokens share, or of more than 31 bits")
+    if vocabulary and max(vocabulary.values()) >= 2**31:
+        raise NotFast("ids of more than 31 bits")
     if model.get("byte_fallback") and any(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
         raise NotFast("model with byte_fallback")
     alphabet = byte_alphabet()

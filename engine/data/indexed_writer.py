@@ -70,10 +70,11 @@ def parts(piece: np.ndarray) -> Iterator[np.ndarray]:
 
 class PairFiles:
     """`PREFIX.bin` and `PREFIX.idx` under temporary names until ``publish``; ``abort`` drops them. OSError is a
-    UserError that names the folder."""
+    UserError that names the folder. ``durable``: flushed to the disk before they get their names."""
 
-    def __init__(self, prefix: str | os.PathLike[str]):
+    def __init__(self, prefix: str | os.PathLike[str], *, durable: bool = True):
         self.prefix = Path(prefix)
+        self._durable = durable
         self._temporary = {end: Path(f"{prefix}.{end}.tmp-{os.getpid()}") for end in ("bin", "idx")}
         with self.disk_errors():
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -88,21 +89,28 @@ class PairFiles:
                             fix="Free space there or choose another folder") from error
 
     def publish(self, lengths: Sequence[np.ndarray], code: int, documents: Documents | None = None) -> None:
-        """Writes the index and puts both files in place, on disk when this returns. On an error nothing is left."""
+        """Writes the index and puts both files in place, on disk if ``durable``. On an error nothing is left."""
         try:
             with self.disk_errors():
-                _to_disk(self.bin)
+                self._finish(self.bin)
                 with open(self._temporary["idx"], "wb", buffering=2**20) as idx:
                     write_index(idx, lengths, code, documents)
-                    _to_disk(idx)
+                    self._finish(idx)
                 # Without its .idx an old .bin cannot be opened: a crash between the renames leaves no mixed pair.
                 Path(f"{self.prefix}.idx").unlink(missing_ok=True)
                 for end, temporary in self._temporary.items():
                     os.replace(temporary, f"{self.prefix}.{end}")
-                disk.sync(self.prefix.parent)
+                if self._durable:
+                    disk.sync(self.prefix.parent)
         except BaseException:
             self.abort()
             raise
+
+    def _finish(self, file: BinaryIO) -> None:
+        file.flush()
+        if self._durable:
+            os.fsync(file.fileno())
+        file.close()
 
     def abort(self) -> None:
         """Drops everything written so far."""
@@ -116,16 +124,16 @@ class IndexedDatasetWriter:
     """Writes `PREFIX.bin` and `PREFIX.idx` under temporary names; `close()` puts both in place, or neither.
 
     A context manager: leaving it with an exception removes what was written. An older pair at the prefix stays as it
-    is until `close()`.
+    is until `close()`. Not ``durable``: where a crash of the machine loses no more than work that is done again.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int):
+    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int, *, durable: bool = True):
         self.prefix = Path(prefix)
         self.vocab_size = vocab_size
         self.code = dtype_code(vocab_size)
         self.num_tokens = 0
         self._lengths = array.array("i")
-        self._files = PairFiles(prefix)
+        self._files = PairFiles(prefix, durable=durable)
 
     @property
     def num_documents(self) -> int:
@@ -169,7 +177,7 @@ class IndexedDatasetWriter:
                         f"{self.vocab_size}", where=where, fix="Use the tokenizer that the vocabulary belongs to")
 
     def close(self) -> None:
-        """Puts both files in place, on disk when this returns. On an error nothing is left and it is raised."""
+        """Puts both files in place, on disk if ``durable``. On an error nothing is left and it is raised."""
         if not self._files.bin.closed:
             self._files.publish([np.frombuffer(self._lengths, np.int32)], self.code)
 
@@ -185,9 +193,3 @@ class IndexedDatasetWriter:
             self.close()
         else:
             self.abort()
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

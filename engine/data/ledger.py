@@ -3,19 +3,22 @@ is that of one that never stopped."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+FILE = "data_ledger.json"  # in the run's folder
 METRIC_SOURCES = 32  # of more sources the metrics would bury the others; the file has all
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a source gave. ``blocks``: whole sequences of model.seq_length. ``tokens``: positions of the training stream,
-    of rows of examples also their padding. ``epochs``: passes over the source. ``documents``: as many as these passes
-    hold, so a share of a pass counts as that share of the documents."""
+    """What a source gave. ``blocks``: whole sequences of model.seq_length. ``tokens``: positions of the stream, which
+    of rows of examples are also their padding. ``epochs``: passes over the source. ``documents``: as many as these
+    passes hold, so a share of a pass counts as that share of the documents."""
 
     source: str
     blocks: int
@@ -31,6 +34,13 @@ def as_json(given: Sequence[Given], *, step: int, tokens: int) -> dict[str, Any]
         {"source": one.source, "blocks": one.blocks, "tokens": one.tokens, "share": one.tokens / total,
          "epochs": one.epochs, "documents": one.documents, "share_of_documents": one.documents / documents}
         for one in given]}
+
+
+def write(path: Path, given: Sequence[Given], *, step: int, tokens: int) -> None:
+    """Replaces the file at once. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(as_json(given, step=step, tokens=tokens), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def line(given: Sequence[Given]) -> str:

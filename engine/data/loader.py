@@ -89,11 +89,8 @@ class Loader(StepReader):
 
     def begin(self, *, steps: int, step: int = 0, position: int = 0, record: dict[str, Any] | None = None
               ) -> tuple[str, ...]:
-        """Reads for a run of ``steps`` steps that stands at ``step`` and ``position`` (tokens), and whose checkpoint
-        holds ``record``, as ``record`` gave it. -> what has changed in the blend since, for people.
-
-        Raises UserError where the sources do not last for the steps, or the record is of other samples.
-        """
+        """See ``StepReader.begin``. UserError where the sources do not last for the steps, or the record is of other
+        samples (model.seq_length, data.shuffle_seed)."""
         self._drop_ahead()
         self.plan = self._blend.plan(self._indices, step=step, position=position, record=record)
         self.__dict__.pop("stream", None)
@@ -101,11 +98,9 @@ class Loader(StepReader):
         return tuple(self.plan.notes)
 
     def record(self, position: int) -> dict[str, Any]:
-        """What ``begin`` needs to go on from ``position`` tokens in a later process: plain values."""
         return self.plan.record(position)
 
     def given(self, position: int) -> list[Given]:
-        """What each source gave of the run's first ``position`` tokens."""
         return self.plan.given(position)
 
     @property

@@ -6,6 +6,7 @@ lists every file read with its SHA-256.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 
 from engine import disk
 from engine.config.prepare import PrepareConfig
+from engine.data import collectors
 from engine.data.sources import Listing
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.data.units import Slice, plan_units
@@ -97,7 +99,16 @@ def current_sources(listing: Listing, config: PrepareConfig) -> Sources:
 
 
 def _sha256_slice(piece: Slice) -> str:
-    return sha256_file(piece.file.path)
+    """As `Reader.sha256` will be."""
+    file = piece.file
+    if file.kind == "collector":
+        return collectors.load(file.path).identity()
+    if file.kind != "jsonl":
+        return hashlib.sha256().hexdigest() if piece.start else sha256_file(file.path)
+    try:
+        return disk.sha256_range(file.path, piece.start, piece.end)
+    except OSError:
+        return ""
 
 
 def verify(directory: Path, manifest: dict[str, Any]) -> None:

@@ -20,30 +20,37 @@ from typing import Literal
 
 EMAIL, IPV4, IPV6, KEY, PHONE = "email@example.com", "192.0.2.1", "2001:db8::1", "MASKED_KEY", "+1-555-0100"
 
+# Each pattern starts with characters that are rare in text and leaves what may stand before it to a look back: a
+# pattern that starts with a look-behind is tried at every character, at a fifth of the speed.
+
 # Every two-letter domain is a country's; of the others those that people have addresses in. In code `x@w.data` is a
 # product of matrices, so the list is not IANA's whole one.
 _TOP = "com|org|net|edu|gov|mil|int|info|biz|dev|app|online|email|cloud|tech|ai|io|me|eu|club|xyz|museum|academy|agency"
-_EMAIL = re.compile(
-    rf"(?<![\w.+%/-])[A-Za-z0-9_][A-Za-z0-9._%+-]{{0,63}}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])?\.){{1,8}}"
-    rf"(?:{_TOP}|[a-z]{{2}}|{_TOP.upper()})(?![\w(\[@-]|\.\w)"
+_DOMAIN = re.compile(
+    rf"@((?:[A-Za-z0-9](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])?\.){{1,8}}(?:{_TOP}|[a-z]{{2}}|{_TOP.upper()}))"
+    r"(?![\w(\[@-]|\.\w)"
 )
-_NOBODY = re.compile(r"(?:^|[@.])(?:example\.(?:com|org|net|edu)|example|test|invalid|localhost)$", re.IGNORECASE)
-_NOT_PERSONS = re.compile(r"(?:no-?reply|git|svn)@", re.IGNORECASE)  # git@github.com:… is a place
+_LOCAL = re.compile(r"(?<![\w.+%/-])[A-Za-z0-9_][A-Za-z0-9._%+-]{0,63}\Z")
+_LONGEST_LOCAL = 65
+_NOBODY = re.compile(r"(?:^|\.)(?:example\.(?:com|org|net|edu)|example|test|invalid|localhost)$", re.IGNORECASE)
+_NOT_PERSONS = re.compile(r"(?:no-?reply|git|svn)$", re.IGNORECASE)  # git@github.com:... is a place
 
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
-_IPV4 = re.compile(rf"(?<![\w.])(?<!\d-)(?:{_OCTET}\.){{3}}{_OCTET}(?!\w|\.\w|-\d)")
-_VERSION = re.compile(r"(?:\bv|version\w*|release|ver\.?|[=<>~^]=|[<>])\s*[:=]?\s*[\"']?$", re.IGNORECASE)
+_IPV4 = re.compile(rf"[0-9]{{1,3}}\.{_OCTET}\.{_OCTET}\.{_OCTET}(?!\w|\.\w|-\d)")
+_BEFORE_IPV4 = re.compile(r"(?:[\w.]|\d-)\Z")
+_VERSION = re.compile(r"(?:\bv|version\w*|release|ver\.?|[=<>~^]=|[<>])\s*[:=]?\s*[\"']?\Z", re.IGNORECASE)
 _HEADING = re.compile(r"[ \t]+[A-Za-z]")
 _LONGEST_HEADING = 30
-_IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:]|\.\w)")
+_IPV6 = re.compile(r"[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:]|\.\w)")
+_BEFORE_IPV6 = re.compile(r"[\w:.]\Z")
 
 # (what must be in the text for a pattern to be tried, the pattern). The prefixes are those the services document.
-_KEYS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple((needles, re.compile(pattern)) for needles, pattern in (
+_PREFIXES = (
     (("AKIA", "ASIA", "AROA", "AIDA"), r"\b(?:AKIA|ASIA|AROA|AIDA)[A-Z2-7]{16}\b"),                           # AWS
     (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{36,255}\b"),                        # GitHub
     (("github_pat_",), r"\bgithub_pat_[A-Za-z0-9_]{22,255}\b"),
     (("glpat-",), r"\bglpat-[A-Za-z0-9_-]{20,}"),                                                        # GitLab
-    (("sk-",), r"\bsk-(?:ant-|proj-|svcacct-|or-)?[A-Za-z0-9_-]{0,12}[A-Za-z0-9]{20}[A-Za-z0-9_-]{0,200}"),  # model APIs
+    (("sk-",), r"\bsk-(?:ant-|proj-|svcacct-|or-)?[A-Za-z0-9_-]{0,12}[A-Za-z0-9]{20}[A-Za-z0-9_-]{0,200}"),  # models
     (("hf_",), r"\bhf_[A-Za-z0-9]{30,}\b"),                                                         # Hugging Face
     (("AIza",), r"\bAIza[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])"),                                              # Google
     (("ya29.",), r"\bya29\.[A-Za-z0-9_-]{30,}"),
@@ -56,23 +63,26 @@ _KEYS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple((needles, re.
     (("dop_v1_",), r"\bdop_v1_[a-f0-9]{64}\b"),                                                       # DigitalOcean
     (("AGE-SECRET-KEY-1",), r"\bAGE-SECRET-KEY-1[0-9A-Z]{58}\b"),
     (("eyJ",), r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{16,}"),                          # JWT
-))  # fmt: skip
+)  # fmt: skip
+_KEYS = tuple((needles, re.compile(pattern)) for needles, pattern in _PREFIXES)
 _PRIVATE = re.compile(
     r"(-----BEGIN (?:[A-Z0-9 ]+ )?PRIVATE KEY(?: BLOCK)?-----)((?:(?!-----).)*)(-----END (?:[A-Z0-9 ]+ )?PRIVATE KEY"
     r"(?: BLOCK)?-----)", re.DOTALL
 )  # fmt: skip
-_ASSIGNED = re.compile(
-    r"(?i)(?:api[_-]?key|secret|token|passw(?:or)?d|pwd|auth|credential|access[_-]?key|private[_-]?key)[A-Za-z0-9_-]{0,20}"
-    r"[\"']?\s{0,4}(?:=|:|=>|:=)\s{0,4}[\"']([A-Za-z0-9+/=_.~-]{16,200})[\"']"
-)
-_ASSIGNED_WORDS = ("key", "secret", "token", "passw", "pwd", "auth", "credential")
+_QUOTED = re.compile(r"[\"']([A-Za-z0-9+/=_.~-]{16,200})[\"']")
+_SECRET_NAME = re.compile(
+    r"(?:api[_-]?key|secret|token|passw(?:or)?d|pwd|auth|credential|access[_-]?key|private[_-]?key)[A-Za-z0-9_-]{0,20}"
+    r"[\"']?\s{0,4}(?:=|:|=>|:=)\s{0,4}\Z", re.IGNORECASE
+)  # fmt: skip
+_LONGEST_NAME = 48
 # Bits a character: words and paths have 2.5 to 3.7, 20 random characters of base64 about 4.1, of hexadecimal 3.4.
 _MIN_ENTROPY, _MIN_HEX_ENTROPY = 3.8, 3.0
 
 _PHONE = re.compile(
-    r"(?<![\w+./-])(?:\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]\d{2,4}){1,4}|\+[1-9]\d{9,13}|"
-    r"\(\d{3}\) ?\d{3}[-. ]\d{4}|[2-9]\d{2}([-.])[2-9]\d{2}\1\d{4})(?![\w/]|[-.]\d)"
+    r"[+(2-9](?:(?<=\+)[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]\d{2,8}){1,4}|(?<=\+)[1-9]\d{9,13}|"
+    r"(?<=\()\d{3}\) ?\d{3}[-. ]\d{4}|(?<=[2-9])\d{2}([-.])[2-9]\d{2}\1\d{4})(?![\w/]|[-.]\d)"
 )
+_BEFORE_PHONE = re.compile(r"[\w+./-]\Z")
 
 Mask = Callable[[str], tuple[str, int]]
 
@@ -90,34 +100,49 @@ def _substitute(pattern: re.Pattern[str], text: str, new: Callable[[re.Match[str
     return pattern.sub(replace, text), changed
 
 
+def _follows(pattern: re.Pattern[str], match: re.Match[str], reach: int = 2) -> re.Match[str] | None:
+    """What ``pattern``, which ends with \\Z, finds right before the match."""
+    return pattern.search(match.string, max(0, match.start() - reach), match.start())
+
+
 def mask_emails(text: str) -> tuple[str, int]:
     """Addresses of persons, and how many there were."""
-
-    def new(match: re.Match[str]) -> str:
-        address = match.group()
-        return address if _NOBODY.search(address) or _NOT_PERSONS.match(address) else EMAIL
-
-    return _substitute(_EMAIL, text, new) if "@" in text else (text, 0)
+    pieces, done, free = [], 0, 0
+    for domain in _DOMAIN.finditer(text) if "@" in text else ():
+        local = _follows(_LOCAL, domain, _LONGEST_LOCAL)
+        if local is None or local.start() < free:  # what stands behind an address is no part of the next one
+            continue
+        free = domain.end()
+        if not (_NOBODY.search(domain[1]) or _NOT_PERSONS.match(local.group())):
+            pieces += [text[done : local.start()], EMAIL]
+            done = free
+    return "".join([*pieces, text[done:]]), len(pieces) // 2
 
 
 def mask_ips(text: str) -> tuple[str, int]:
     """Public IPv4 and IPv6 addresses, and how many there were."""
 
     def four(match: re.Match[str]) -> str:
-        public = ipaddress.IPv4Address(match.group()).is_global and not _is_number_of_something(match)
-        return IPV4 if public else match.group()
+        if _follows(_BEFORE_IPV4, match) or _is_number_of_something(match):
+            return match.group()
+        return IPV4 if _is_public(match.group(), ipaddress.IPv4Address) else match.group()
 
     def six(match: re.Match[str]) -> str:
-        address = match.group()
-        try:  # at least three groups: x[2000::2] is a slice
-            public = ipaddress.IPv6Address(address).is_global and len(address.replace("::", ":").split(":")) > 2
-        except ValueError:
-            return address
-        return IPV6 if public else address
+        address = match.group()  # at least three groups: x[2000::2] is a slice
+        named = not _follows(_BEFORE_IPV6, match) and len(address.replace("::", ":").split(":")) > 2
+        return IPV6 if named and _is_public(address, ipaddress.IPv6Address) else address
 
     text, fours = _substitute(_IPV4, text, four) if "." in text else (text, 0)
     text, sixes = _substitute(_IPV6, text, six) if ":" in text else (text, 0)
     return text, fours + sixes
+
+
+def _is_public(address: str, kind: type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address]) -> bool:
+    try:
+        parsed = kind(address)
+        return parsed.is_global and not parsed.is_multicast
+    except ValueError:  # 300.1.1.1, 012.1.1.1, and of the others times and hardware addresses
+        return False
 
 
 def _is_number_of_something(match: re.Match[str]) -> bool:
@@ -140,11 +165,8 @@ def mask_keys(text: str) -> tuple[str, int]:
     if "PRIVATE KEY" in text:
         text, count = _substitute(_PRIVATE, text, _masked_block)
         total += count
-    lowered = text.lower()
-    if any(word in lowered for word in _ASSIGNED_WORDS):
-        text, count = _substitute(_ASSIGNED, text, _masked_value)
-        total += count
-    return text, total
+    text, count = _substitute(_QUOTED, text, _masked_value)
+    return text, total + count
 
 
 def _masked_block(match: re.Match[str]) -> str:
@@ -157,8 +179,10 @@ def _masked_block(match: re.Match[str]) -> str:
 
 
 def _masked_value(match: re.Match[str]) -> str:
-    value = match.group(1)
-    return match.group().replace(value, KEY) if looks_random(value) else match.group()
+    whole, value = match.group(), match.group(1)
+    if whole[0] != whole[-1] or not looks_random(value) or not _follows(_SECRET_NAME, match, _LONGEST_NAME):
+        return whole
+    return f"{whole[0]}{KEY}{whole[0]}"
 
 
 def looks_random(value: str) -> bool:
@@ -176,7 +200,7 @@ def entropy(value: str) -> float:
 
 def mask_phones(text: str) -> tuple[str, int]:
     """Telephone numbers as they are written for people, and how many there were."""
-    return _substitute(_PHONE, text, lambda _: PHONE)
+    return _substitute(_PHONE, text, lambda match: match.group() if _follows(_BEFORE_PHONE, match) else PHONE)
 
 
 MASKS: dict[str, Mask] = {"key": mask_keys, "email": mask_emails, "ip": mask_ips, "phone": mask_phones}

@@ -21,10 +21,9 @@ from engine.data.cleaning import Cleaner
 from engine.data.preparing import finish, job, local
 from engine.data.preparing.job import Job
 from engine.data.preparing.log import StepLog
-from engine.data.preparing.pool import WorkerDied
 from engine.data.sources import Listing, list_files, show
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import UserError
+from engine.errors import Interrupted, UserError
 
 Log = Callable[[str], None]
 
@@ -99,7 +98,7 @@ def _removed_on_error(folder: Path) -> Iterator[None]:
     """What another try cannot use is removed. Not so where a worker or this process is stopped in good work."""
     try:
         yield
-    except WorkerDied:
+    except Interrupted:
         raise
     except (UserError, OSError):
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,18 +15,18 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from engine.config.prepare import PrepareConfig
+from engine.data import collectors
 from engine.data.cleaning import Kind
 from engine.data.formats import tables
 from engine.data.formats.json_array import json_rows
-from engine.data.formats.lines import Found, decode_utf8, json_lines, kind_name, parse_json
-from engine.data.formats.opening import Counted, buffered, packing_of
+from engine.data.formats.lines import Found, decode_utf8, json_lines, kind_name
+from engine.data.formats.opening import Counted, Stream, packing_of, stream_of
 from engine.data.quarantine import Quarantine, Refused
 from engine.data.sources import SourceFile, show
 from engine.data.units import Slice, Unit, plan_units
 from engine.errors import UserError
 
-__all__ = ["Document", "Quarantine", "Reader", "Refused", "Slice", "Unit", "check_bad_fraction", "decode_utf8",
-           "parse_json", "plan_units"]  # fmt: skip
+__all__ = ["Document", "Quarantine", "Reader", "Refused", "Slice", "Unit", "check_bad_fraction", "place_of", "plan_units"]
 
 # UTF-16 text and most binary formats that happen to decode are far above, a text with a few stray NULs below.
 _MAX_NUL_SHARE = 0.1
@@ -41,6 +41,16 @@ class Document(NamedTuple):
     source: str
     row: int | None = None
     truncated: bool = False
+
+
+def place_of(piece: Slice, row: int | None) -> str:
+    """`Document.source` of a row of this piece."""
+    path = show(piece.file.path)
+    if row is None:
+        return path
+    if piece.file.kind == "collector":
+        return f"{collectors.place_of(piece.file.path, piece.start)}:{row}"
+    return f"{path}+{piece.start}:{row}" if piece.start and piece.file.kind == "jsonl" else f"{path}:{row}"
 
 
 class Reader:
@@ -120,8 +130,8 @@ class Reader:
     def _whole(self, file: SourceFile, kind: Kind, raw: Counted) -> Document:
         # A character has at most four bytes, so what is beyond this is beyond max_characters too.
         limit = 4 * self.config.max_characters
-        stream = buffered(raw, packing_of(file.path))
-        content = stream.read(limit)
+        stream = stream_of(raw, packing_of(file.path))
+        content = stream.read_full(limit)
         truncated = len(content) == limit and bool(stream.read(1))
         text = decode_utf8(content, final=not truncated)
         if content.count(0) > _MAX_NUL_SHARE * len(content):
@@ -132,8 +142,7 @@ class Reader:
         """A document of each good row; the others go to the quarantine."""
         file, kind, name = piece.file, self.config.jsonl_kind, self.config.text_field
         start = piece.start if file.kind == "jsonl" else 0
-        prefix = f"{show(file.path)}+{start}:" if start else f"{show(file.path)}:"
-        first = piece.start == 0
+        prefix, first = place_of(piece, 0)[:-1], piece.start == 0
         for row, found in self._rows(piece, raw):
             self.records += 1
             # The usual record needs no more than this line; `_text_of` says what is wrong with any other.
@@ -142,7 +151,7 @@ class Reader:
                 try:
                     text = _text_of(found, name, file.kind)
                 except Refused as bad:
-                    self._refuse_row(file, row, bad, first, start)
+                    self._refuse_row(file, f"{prefix}{row}", row, bad, first, start)
                     first = False
                     continue
             first = False
@@ -154,7 +163,7 @@ class Reader:
             return tables.parquet_rows(file.path, piece.start, piece.end, name)
         if file.kind == "arrow":
             return tables.arrow_rows(file.path, piece.start, piece.end, name)
-        stream = buffered(raw, packing_of(file.path))
+        stream = stream_of(raw, packing_of(file.path))
         if file.kind == "jsonl":
             read = stream.read if piece.whole else self._counting(stream)
             return json_lines(read, self._limit, first=piece.start == 0)
@@ -163,7 +172,7 @@ class Reader:
         assert file.kind in ("csv", "tsv"), file.kind
         return tables.separated(stream, "," if file.kind == "csv" else "\t", self._limit)
 
-    def _counting(self, stream: io.BufferedReader) -> Callable[[int], bytes]:
+    def _counting(self, stream: Stream) -> Callable[[int], bytes]:
         def read(size: int) -> bytes:
             chunk = stream.read(size)
             self.lines += chunk.count(b"\n")
@@ -171,20 +180,16 @@ class Reader:
 
         return read
 
-    def _refuse_row(self, file: SourceFile, row: int, bad: Refused, first: bool, start: int) -> None:
-        path = show(file.path)
-        place = f"{path}+{start}:{row}" if start else f"{path}:{row}"
+    def _refuse_row(self, file: SourceFile, place: str, row: int, bad: Refused, first: bool, start: int) -> None:
         if file.direct and first:
             raise UserError(bad.detail, where=place, fix=bad.fix) from None
         if first and bad.reason == "no_text_field" and file.kind != "jsonl":
             self.records -= 1
             raise bad  # in a folder, a table or an array of something else; JSON lines are looked at one by one
         self.first_bad = self.first_bad or f"{place}: {bad.detail}"
-        self.quarantine.add(path, row, bad.reason, bad.detail, bad.excerpt, start=start)
+        self.quarantine.add(show(file.path), row, bad.reason, bad.detail, bad.excerpt, start=start)
 
     def _collected(self, piece: Slice) -> Iterator[Document]:
-        from engine.data import collectors
-
         collector = collectors.load(piece.file.path)
         name, kind = self.config.text_field, self.config.jsonl_kind
         for place, row, found in collectors.items(collector, piece.start, piece.end):

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
@@ -82,8 +83,9 @@ class Spool:
     def __len__(self) -> int:
         return len(self.records)
 
-    def batches(self, picked: np.ndarray) -> Iterator[tuple[np.ndarray, list[bytes]]]:
-        """The documents where ``picked`` [documents] bool, in order, a few MB at a time: (their numbers, their texts).
+    def batches(self, picked: np.ndarray) -> Iterator[tuple[np.ndarray, bytes, np.ndarray]]:
+        """The documents where ``picked`` [documents] bool, in order, a few MB at a time: their numbers [n], their UTF-8
+        one after the other, and its lengths [n] int64, in bytes.
 
         Raises UserError where the text ends before its records do.
         """
@@ -94,16 +96,27 @@ class Spool:
         starts = np.cumsum(lengths) - lengths
         with open(self.folder / "text", "rb") as stream:
             for part in _cut(numbers, lengths[numbers]):
-                yield part, [self._text(stream, int(starts[number]), int(lengths[number])) for number in part]
+                yield part, self._text(stream, starts[part], lengths[part]), lengths[part]
 
-    def _text(self, stream, start: int, length: int) -> bytes:
-        if stream.tell() != start:
-            stream.seek(start)
-        raw = stream.read(length)
-        if len(raw) != length:
+    def _text(self, stream: BinaryIO, starts: np.ndarray, lengths: np.ndarray) -> bytes:
+        """The documents there, read in as few pieces as they lie in."""
+        ends = starts + lengths
+        breaks = np.flatnonzero(starts[1:] != ends[:-1])
+        pieces = []
+        for first, last in zip([0, *breaks + 1], [*breaks, len(starts) - 1], strict=True):
+            stream.seek(int(starts[first]))
+            pieces.append(stream.read(int(ends[last] - starts[first])))
+        text = b"".join(pieces)
+        if len(text) != lengths.sum():
             raise UserError("damaged: shorter than its records say", where=str(self.folder / "text"),
                             fix="Remove its folder and run again.")  # fmt: skip
-        return raw
+        return text
+
+
+def split_texts(text: bytes, lengths: np.ndarray) -> list[bytes]:
+    """The documents of a batch, one by one."""
+    ends = np.cumsum(lengths).tolist()
+    return [text[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
 
 
 def _cut(numbers: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:

@@ -20,7 +20,7 @@ from engine.data.sources import Listing, SourceFile, show
 
 # Opening a file costs as much as reading about this much: a unit does not hold a million of them.
 _FILE_COST = 4096  # bytes
-# Text is about this many times as long as a compressed file, or as a Parquet file of it.
+# Text is about this many times as long as a compressed file of it.
 _EXPANSION = 4
 _CHUNK = 1 << 20
 
@@ -91,8 +91,9 @@ def _cut(file: SourceFile, limit: int) -> Iterator[tuple[Slice, int]]:
     if file.kind == "collector":
         from engine.data import collectors
 
-        count = len(collectors.load(file.path).parts())
-        yield from ((Slice(file, part, part + 1), limit) for part in range(count))
+        count = len(collectors.parts_of(collectors.load(file.path)))
+        pieces = [Slice(file)] if count == 1 else [Slice(file, part, part + 1) for part in range(count)]
+        yield from ((piece, limit) for piece in pieces)
         return
     try:
         size = file.path.stat().st_size
@@ -103,9 +104,7 @@ def _cut(file: SourceFile, limit: int) -> Iterator[tuple[Slice, int]]:
         borders = _line_borders(file, size, limit)
         yield from ((Slice(file, a, b), b - a + _FILE_COST) for a, b in pairwise(borders))
     elif file.kind in ("parquet", "arrow") and not packed:
-        groups = tables.row_groups(file.path, file.kind)
-        scale = _EXPANSION if file.kind == "parquet" else 1
-        yield from _cut_rows(file, [(rows, size * scale) for rows, size in groups], limit)
+        yield from _cut_rows(file, tables.row_groups(file.path, file.kind), limit)
     else:
         yield Slice(file), size * (_EXPANSION if packed else 1) + _FILE_COST
 

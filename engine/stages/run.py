@@ -15,6 +15,7 @@ from typing import Any
 from engine.checkpoint.adapters import Base
 from engine.checkpoint.manager import Checkpointer, agree
 from engine.config import Config, vocabulary
+from engine.data import ledger
 from engine.data.order import BEFORE_NAMES
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
@@ -25,6 +26,7 @@ from engine.parallel import topology, wrap
 from engine.parallel.topology import Groups
 from engine.stages.origin import Origin
 from engine.train import loop, optimizer
+from engine.train.metrics import MetricLogger
 from engine.train.run import logger_for, report_first_step, report_start
 from engine.train.state import TrainState
 
@@ -105,6 +107,11 @@ def run(
     vocab_size = vocabulary(cfg.model, known.vocab_size)
     with topology.groups(cfg) as groups, data(cfg, groups) as found:
         cfg = with_epochs(cfg, found.rows)
+        checkpoints = Checkpointer(cfg, groups, tokenizer=tokenizer, tokenizer_sha256=known.sha256,
+                                   vocab_size=vocab_size, base=_base(cfg, origin, groups))
+        resumed = checkpoints.find_resume()
+        if resumed is None:  # what the data lacks is known before a model is built
+            found.train.begin(steps=cfg.train.max_steps)
         bare = build.model(cfg, groups, vocab_size)
         added = [] if cfg.lora is None else lora_report.check(bare, cfg, groups).lines()
 
@@ -114,9 +121,6 @@ def run(
 
         if before is not None:
             before(Start(cfg, groups, bare, found, load))
-        checkpoints = Checkpointer(cfg, groups, tokenizer=tokenizer, tokenizer_sha256=known.sha256,
-                                   vocab_size=vocab_size, base=_base(cfg, origin, groups))
-        resumed = checkpoints.find_resume()
         if resumed is None or cfg.lora is not None:  # a checkpoint of adapters does not hold their base
             load()
         chunks = wrap.apply(bare, cfg, groups)
@@ -127,10 +131,12 @@ def run(
         _check_order(found.train, state, resumed)
         if found.rows is not None:
             _check_rows(cfg, found.train, state, resumed)
+        notes = found.train.begin(steps=cfg.train.max_steps, step=state.step, position=state.consumed_tokens,
+                                  record=state.blend)
         with logger_for(cfg, groups, state) as logger:
             report_start(logger, cfg, groups, chunks, resumed_from=resumed, held_out_tokens=found.held_out.num_tokens,
                          origin=None if origin is None else origin.path)
-            for line in (*added, *found.report):
+            for line in (*added, *found.report, *notes):
                 logger.message(line)
             limit = cfg.evaluation.eval_batches
             validate = partial(
@@ -139,12 +145,24 @@ def run(
                 max_sequences=None if limit is None else limit * cfg.train.global_batch_size)
             loop.run(
                 cfg, chunks, update, found.train, groups, state=state, logger=logger, vocab_size=vocab_size,
-                save=lambda s: checkpoints.save(chunks, update, s.to_dict()),
+                save=partial(_save, cfg, checkpoints, chunks, update, found.train, groups, logger),
                 evaluate=validate if found.held_out.num_tokens >= 2 else None,
-                on_first_step=lambda: report_first_step(logger), objective=objective)
+                on_first_step=lambda: report_first_step(logger), objective=objective,
+                ledger=lambda s: ledger.metrics(found.train.given(s.consumed_tokens)))
             if cfg.checkpoint.load_best_at_end and (best := checkpoints.end_with_best(chunks, state.to_dict())):
                 logger.message(f"ends with the best weights, of step {state.best_step}: {best}")
     return state
+
+
+def _save(cfg: Config, checkpoints: Checkpointer, chunks: list[Any], update: Any, train: Any, groups: Groups,
+          logger: MetricLogger, state: TrainState) -> None:
+    """A checkpoint with what the sources gave up to it, and the ledger that says so in the run's folder."""
+    state.blend = train.record(state.consumed_tokens)
+    checkpoints.save(chunks, update, state.to_dict())
+    given, path = train.given(state.consumed_tokens), cfg.output_dir / ledger.FILE
+    agree(groups, lambda: groups.is_main and ledger.write(path, given, step=state.step, tokens=state.consumed_tokens),
+          f"writing {path}")
+    logger.message(ledger.line(given))
 
 
 def _check_order(train: Any, state: TrainState, resumed: Path | None) -> None:

@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,11 +128,13 @@ def run(
     evaluate: Callable[[], dict] | None,
     on_first_step: Callable[[], None] = lambda: None,
     objective: Objective = NEXT_TOKEN,
+    ledger: Callable[[TrainState], Mapping[str, float]] = lambda state: {},
 ) -> TrainState:
     """Trains from ``state`` to ``train.max_steps``. Metrics, evaluation, checkpoints at their intervals and at the end.
 
     ``evaluate`` returns "loss" and the objective's metrics on held-out data, or is None where there is none. A row is
-    logged before the checkpoint of its step is saved, so that a resumed run neither lacks nor repeats it.
+    logged before the checkpoint of its step is saved, so that a resumed run neither lacks nor repeats it. ``ledger``:
+    more numbers for every logged row.
     Raises ``UserError`` on every rank when loss or gradients are not finite; no weight was changed by that step.
     """
     step.prepare(chunks, cfg, groups)
@@ -155,7 +157,7 @@ def run(
             if evaluate is not None and _due(state.step, cfg.evaluation.eval_steps, done):
                 row |= _validate(evaluate, state, saved_too=save_now)
             if row:
-                logger.log(state.step, row)
+                logger.log(state.step, row | ledger(state))
             logger.advance(state.step)
             if save_now:
                 save(state)

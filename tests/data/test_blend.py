@@ -1,9 +1,10 @@
-"""The blend of sources against a plain Python reference in exact integers."""
+"""The blend's closed form against a queue of times in plain integers: every position, counts, ranks, shares, ties."""
 
 from __future__ import annotations
 
-import random
+import heapq
 import threading
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -12,91 +13,119 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import _index
-from engine.data import blend as blend_module
-from engine.data.blend import BlendIndex, integer_weights
+from engine.data.blend import NEVER, BlendIndex, Segment, integer_weights
 from engine.errors import UserError
 
+# More than 8 sources take another path in C++; ties, and weights that are far apart, are the hard ones.
+mixtures = st.lists(st.one_of(st.integers(1, 4), st.integers(1, 2**40), st.just(2**40)), min_size=1, max_size=20)
 
-def reference(weights, steps):
-    """The rule in words: whoever is furthest behind weight * (j + 1) / total - given gives the j-th block."""
-    total, given_so_far, out = sum(weights), [0] * len(weights), []
-    for j in range(steps):
-        deficits = [Fraction(w * (j + 1), total) - count for w, count in zip(weights, given_so_far, strict=True)]
-        chosen = deficits.index(max(deficits))
-        out.append((chosen, given_so_far[chosen]))
-        given_so_far[chosen] += 1
+
+def steps_of(weights):
+    return [(2 * 2**40 * sum(weights) + weight) // (2 * weight) for weight in weights]
+
+
+def reference(weights, blocks):
+    """[(source, its block)]: the sources wait in a queue for the times of their next blocks."""
+    steps = steps_of(weights)
+    queue, out = [(step // 2, source, 0) for source, step in enumerate(steps)], []
+    heapq.heapify(queue)
+    for _ in range(blocks):
+        due, source, own = queue[0]
+        heapq.heapreplace(queue, (due + steps[source], source, own + 1))
+        out.append((source, own))
     return out
 
 
-def compiled(weights, steps):
-    zeros = np.zeros(len(weights), np.int64)
-    source, block, *_ = _index.blend(np.array(weights, np.int64), zeros, zeros, steps)
-    return list(zip(source.tolist(), block.tolist(), strict=True))
+def array(weights):
+    return np.array(weights, np.int64)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=12).filter(any))
-def test_cpp_matches_the_reference_with_ties_and_zero_weights(weights):
-    assert compiled(weights, 150) == reference(weights, 150)
+def pairs(found):
+    return list(zip(found[0].tolist(), found[1].tolist(), strict=True))
 
 
-@pytest.mark.parametrize("weights", [
-    [1, 1], [1, 1, 1], [2**40, 2**40 + 1], [2**40 + 1, 2**40], [1, 2**40], [0, 3, 0, 1], [7] * 40, list(range(60)),
-    [2**39, 2**38, 2**37, 2**37], [333333333333, 333333333334, 333333333333],
-])
-def test_cpp_matches_the_reference_near_ties_and_with_many_sources(weights):
-    assert compiled(weights, 400) == reference(weights, 400)
+@settings(max_examples=150, deadline=None)
+@given(mixtures, st.integers(0, 500), st.integers(0, 200), st.data())
+def test_every_question_has_the_answer_of_the_queue(weights, first, count, data):
+    blocks = reference(weights, first + count + 1)
+    assert pairs(_index.blend_range(array(weights), first, count, 2)) == blocks[first : first + count]
+    asked = data.draw(st.lists(st.integers(0, first + count), max_size=12))
+    asked += sorted(asked)
+    assert pairs(_index.blend_locate(array(weights), array(asked))) == [blocks[block] for block in asked]
+    given_before = [sum(source == i for source, _ in blocks[:first]) for i in range(len(weights))]
+    assert _index.blend_counts(array(weights), first).tolist() == given_before
+    assert _index.blend_rank(array(weights), *blocks[first]) == first
 
 
-def test_a_zero_weight_is_never_drawn_and_equal_weights_take_turns():
-    assert {source for source, _ in compiled([0, 3, 0, 1], 1000)} == {1, 3}
-    assert [source for source, _ in compiled([5, 5, 5], 7)] == [0, 1, 2, 0, 1, 2, 0]
+@pytest.mark.parametrize("weights", [[3, 5, 9], [1] * 7, [1, 2**40, 2**39], list(range(1, 41))])
+@pytest.mark.parametrize("far", [10**6, 10**13, 2**61])
+def test_far_blocks_follow_from_the_times_alone(weights, far):
+    """Where no queue comes: (source, own) at j is right if it comes after j others, and counts add up."""
+    steps = steps_of(weights)
+    count = 2 * len(weights) + 5
+    found = pairs(_index.blend_range(array(weights), far, count, 1))
+    times = [(own * steps[source] + steps[source] // 2, source) for source, own in found]
+    assert times == sorted(times)
+
+    def before(when, source):  # blocks of all sources before this time, ties in the order of sources
+        return sum(max(0, -((step // 2 - when - (i < source)) // step)) for i, step in enumerate(steps))
+
+    assert [before(*pair) for pair in times] == list(range(far, far + count))
+    assert pairs(_index.blend_locate(array(weights), np.arange(far, far + count))) == found
+    assert _index.blend_counts(array(weights), far).sum() == far
+    assert [_index.blend_rank(array(weights), *pair) for pair in found] == list(range(far, far + count))
 
 
-def test_inputs_are_not_changed_and_the_state_continues():
-    weights, zeros = np.array([3, 5, 9]), np.zeros(3, np.int64)
-    source, block, deficits, counts = _index.blend(weights, zeros, zeros, 70)
-    more_source, more_block, *_ = _index.blend(weights, deficits, counts, 30)
-    assert zeros.tolist() == [0, 0, 0]
-    whole = compiled([3, 5, 9], 100)
-    assert [s for s, _ in whole] == [*source, *more_source]
-    assert [b for _, b in whole] == [*block, *more_block]
+def test_a_range_over_many_starts_is_the_same_with_any_number_of_threads():
+    weights = array([50, 20, 15, 10, 5])
+    source, own = _index.blend_range(weights, 7, 300_000, 1)
+    for threads in (2, 5):
+        other = _index.blend_range(weights, 7, 300_000, threads)
+        np.testing.assert_array_equal(np.stack(other), np.stack([source, own]))
+    expected = reference(weights.tolist(), 200_007)
+    assert list(zip(source[:200_000].tolist(), own[:200_000].tolist(), strict=True)) == expected[7:]
+    located = _index.blend_locate(weights, np.arange(7, 300_007))  # one walk, longer than what a start is good for
+    np.testing.assert_array_equal(np.stack(located), np.stack([source, own]))
 
 
-def test_every_prefix_keeps_the_shares():
+@settings(max_examples=100, deadline=None)
+@given(mixtures)
+def test_no_count_is_further_from_its_share_than_the_bound(weights):
+    """The bound of csrc/index/blend.hpp, after every one of the first blocks, in exact fractions."""
+    total, given_so_far = sum(weights), [0] * len(weights)
+    bounds = [(1 + Fraction((len(weights) - 2) * weight, total)) / 2 + Fraction(1, 10**6) for weight in weights]
+    for j, (source, _) in enumerate(pairs(_index.blend_range(array(weights), 0, 600, 1)), 1):
+        given_so_far[source] += 1
+        for count, weight, bound in zip(given_so_far, weights, bounds, strict=True):
+            assert abs(count - Fraction(j * weight, total)) <= bound
+
+
+def test_shares_of_a_usual_blend_are_within_a_block_and_a_half():
     weights = [0.61, 0.3, 0.05, 0.04]
     source, _ = BlendIndex(weights).locate(np.arange(20_000))
     given_so_far = np.cumsum(source[:, None] == np.arange(4), axis=0)
     owed = np.arange(1, 20_001)[:, None] * np.array(weights)
-    assert np.abs(given_so_far - owed).max() < 1.5
+    assert np.abs(given_so_far - owed).max() < 1.2
+    assert [int(s) for s in BlendIndex([5, 5, 5]).locate(np.arange(7))[0]] == [0, 1, 2, 0, 1, 2, 0]
 
 
-def test_chunks_do_not_show(monkeypatch):
-    monkeypatch.setattr(blend_module, "_CHUNK", 64)
-    weights = [0.5, 0.2, 0.3]
-    expected = np.array(compiled(integer_weights(weights).tolist(), 5000))
-    far_first = BlendIndex(weights)
-    for block in (4999, 0, 63, 64, 65, 3000):  # a resume starts far in, then goes back
-        assert [int(x[0]) for x in far_first.locate(np.array([block]))] == expected[block].tolist()
-    shuffled = np.random.default_rng(0).permutation(5000)
-    source, own = far_first.locate(shuffled)
-    np.testing.assert_array_equal(np.stack([source, own], 1), expected[shuffled])
-    assert len(far_first._held) == blend_module._CHUNKS_HELD
+def test_ten_trillion_blocks_are_as_near_as_one():
+    index = BlendIndex([5, 2])
+    started = time.perf_counter()
+    far = index.locate(np.array([10**13]))
+    assert time.perf_counter() - started < 0.05
+    assert abs(int(far[1][0]) - (5 if far[0][0] == 0 else 2) / 7 * 10**13) < 6
 
 
-def test_threads_share_one_index(monkeypatch):
-    monkeypatch.setattr(blend_module, "_CHUNK", 32)
+def test_threads_share_one_index():
     index, expected = BlendIndex([3, 2, 2]), BlendIndex([3, 2, 2]).locate(np.arange(4000))[0]
     wrong = []
 
     def ask(seed):
-        for _ in range(200):
-            block = np.array([random.Random(seed).randrange(4000)])
-            seed += 1
-            if index.locate(block)[0][0] != expected[block[0]]:
-                wrong.append(block)
+        blocks = np.random.default_rng(seed).integers(0, 4000, 300)
+        wrong.extend(block for block in blocks if index.locate(np.array([block]))[0][0] != expected[block])
 
-    threads = [threading.Thread(target=ask, args=(1000 * n,)) for n in range(4)]
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -104,9 +133,49 @@ def test_threads_share_one_index(monkeypatch):
     assert wrong == []
 
 
+# ---- segments -------------------------------------------------------------------------------------------------------
+
+
+def three_segments(**more):
+    """Blocks 0 to 9 of sources 0 and 1; then three of 2 alone; then 2 and 0 again."""
+    first = [sum(source == i for source, _ in reference([3, 1], 10)) for i in range(2)]
+    return BlendIndex.of([Segment(0, (0, 1), (3, 1), (0, 0, 0)), Segment(10, (2,), (1,), (*first, 0)),
+                          Segment(13, (0, 2), (1, 1), (*first, 3))], **more), first
+
+
+def test_segments_go_on_with_each_sources_next_block():
+    index, first = three_segments()
+    expected = [*reference([3, 1], 10), (2, 0), (2, 1), (2, 2)]
+    expected += [(0, first[0] + own) if source == 0 else (2, 3 + own) for source, own in reference([1, 1], 20)]
+    assert pairs(index.locate(np.arange(33))) == expected
+    shuffled = np.random.default_rng(0).permutation(33)
+    assert pairs(index.locate(shuffled)) == [expected[block] for block in shuffled]
+    for blocks in range(34):
+        assert index.counts(blocks).tolist() == [sum(s == i for s, _ in expected[:blocks]) for i in range(3)]
+    segment = index.segments[2]
+    assert [segment.position_of(*pair) for pair in expected[13:]] == list(range(13, 33))
+    assert segment.position_of(0, 2**62) == NEVER
+    assert (index.segment_at(9).start, index.segment_at(10).start, index.segment_at(99).start) == (0, 10, 13)
+
+
+def test_names_of_sources_and_the_end():
+    index, _ = three_segments(readers=[4, -1, 7], end=20)
+    plain, _ = three_segments()
+    own = plain.locate(np.arange(20))
+    assert pairs(index.locate(np.arange(20))) == [([4, -1, 7][source], block) for source, block in pairs(own)]
+    assert index.counts(25).tolist() == index.counts(20).tolist()
+    with pytest.raises(UserError, match=r"data\.blend: its sources are used up after 20 blocks"):
+        index.locate(np.array([3, 20]))
+
+
 def test_a_single_source_is_itself():
     source, own = BlendIndex([0.7]).locate(np.array([0, 5, 10**15]))
     assert (source.tolist(), own.tolist()) == ([0, 0, 0], [0, 5, 10**15])
+    assert BlendIndex([0.7]).counts(10**15).tolist() == [10**15]
+    assert [len(x) for x in BlendIndex([1, 2]).locate(np.empty(0, np.int64))] == [0, 0]
+
+
+# ---- weights and errors ---------------------------------------------------------------------------------------------
 
 
 def test_the_scale_of_the_weights_does_not_matter():
@@ -124,8 +193,21 @@ def test_a_weight_that_is_not_positive_is_refused_by_its_place(weight):
 
 
 def test_wrong_calls_are_refused():
-    one, two = np.zeros(1, np.int64), np.zeros(2, np.int64)
-    with pytest.raises(ValueError, match="differ in length"):
-        _index.blend(two, one, two, 3)
-    with pytest.raises(ValueError, match="1 to 65535 sources"):
-        _index.blend(two[:0], two[:0], two[:0], 3)
+    two = array([1, 1])
+    for weights in ([], [1, 0], [1, -1], [2**61, 2**61], [1] * 65536):
+        with pytest.raises(ValueError, match=r"1 to 65535 sources|must be positive, and their sum below"):
+            _index.blend_counts(array(weights), 3)
+    assert len(_index.blend_counts(array([1] * 65535), 10**6)) == 65535
+    for call in (lambda: _index.blend_counts(two, -1), lambda: _index.blend_counts(two, NEVER + 1),
+                 lambda: _index.blend_range(two, -1, 3), lambda: _index.blend_range(two, NEVER - 1, 3),
+                 lambda: _index.blend_locate(two, array([-1])), lambda: _index.blend_locate(two, array([NEVER])),
+                 lambda: _index.blend_rank(two, 2, 0), lambda: _index.blend_rank(two, 0, -1)):
+        with pytest.raises(IndexError):
+            call()
+    with pytest.raises(ValueError, match="must not be negative"):
+        _index.blend_range(two, 0, -1)
+    with pytest.raises(ValueError, match="one dimension"):
+        _index.blend_locate(two, array([[1]]))
+    assert _index.blend_rank(array([1, 2**61]), 0, 10**9) == NEVER
+    assert _index.blend_rank(two, 0, 2**62) == NEVER
+    assert _index.blend_rank(two, 1, 2**63 - 1) == NEVER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import random
 import shutil
@@ -19,7 +20,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDat
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from engine import _index
-from engine.data.indexed import DTYPES, IndexedDataset, IndexedDatasetWriter, dtype_code
+from engine.data import indexed_writer
+from engine.data.indexed import DTYPES, IndexedDataset, IndexedDatasetWriter, dtype_code, reading
+from engine.data.indexed_writer import write_index
 from engine.errors import UserError
 
 lengths = st.lists(st.one_of(st.just(0), st.just(1), st.integers(2, 40)), max_size=30)
@@ -112,7 +115,7 @@ def test_fingerprint_is_the_content_hash_of_the_index(tmp_path):
     first = write(tmp_path / "a", documents_of([5, 6], seed=0))
     dataset = IndexedDataset(first)
     assert dataset.fingerprint == hashlib.sha256(bytes_of(first)[1]).hexdigest()
-    assert dataset.bin_sha256() == hashlib.sha256(bytes_of(first)[0]).hexdigest()
+    assert dataset.bin_sha256() == [hashlib.sha256(bytes_of(first)[0]).hexdigest()]
     assert IndexedDataset(write(tmp_path / "b", documents_of([5, 6], seed=1))).fingerprint == dataset.fingerprint
     assert IndexedDataset(write(tmp_path / "c", documents_of([6, 5], seed=0))).fingerprint != dataset.fingerprint
 
@@ -231,7 +234,7 @@ def test_garbage_never_crashes_the_parser():
         header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, rng.choice([4, 8]), rng.getrandbits(rng.choice([2, 4, 64])),
                                               rng.getrandbits(rng.choice([2, 4, 64])))
         with pytest.raises(ValueError, match=r"."):
-            _index.parse_index(header + rng.randbytes(rng.randrange(200)))
+            _index.check_tables(header + rng.randbytes(rng.randrange(200)))
 
 
 def test_a_bin_truncated_while_open_is_an_error_not_a_crash(tmp_path):
@@ -239,8 +242,42 @@ def test_a_bin_truncated_while_open_is_an_error_not_a_crash(tmp_path):
     with open(tmp_path / "train.bin", "r+b") as file:
         file.truncate(10)
     out = np.empty(10, np.int64)
-    with pytest.raises(UserError, match="truncated: 10 bytes"):
-        dataset.gather(None, np.array([[0, 90_000, 10, 0]]), out, out.copy())
+    with pytest.raises(UserError, match="truncated: 10 bytes"), reading([dataset]):
+        dataset.corpus.gather(np.array([[90_000, 10, 0]]), out, out.copy())
+
+
+def test_a_bin_replaced_while_open_is_read_as_it_was(tmp_path):
+    old, new = documents_of([100], seed=1), documents_of([50], seed=2)
+    dataset = IndexedDataset(write(tmp_path / "train", old))
+    write(tmp_path / "train", new)
+    out = np.empty(10, np.int64)
+    with reading([dataset]):
+        dataset.corpus.gather(np.array([[80, 10, 0]]), out, out.copy())
+    assert out.tolist() == old[0][80:90].tolist()
+
+
+def test_threads_find_the_same_first_fault():
+    """In an index of several ranges of the parallel check: one wrong entry, or two of which the first is named."""
+    choose = np.random.default_rng(0)
+    sizes = choose.integers(0, 9, 900_000).astype(np.int32)
+    file = io.BytesIO()
+    write_index(file, [sizes], 8)
+    whole = np.frombuffer(file.getvalue(), np.uint8)
+    assert _index.check_tables(whole, 4) == _index.check_tables(whole, 1) == sizes.sum()
+    tables = {"has the negative length": (34, 4, 900_000), "points to byte": (34 + 4 * 900_000, 8, 900_000),
+              "goes backwards at entry": (34 + 12 * 900_000, 8, 900_001)}
+    for said, (start, item, count) in tables.items():
+        for _ in range(3):
+            wrong, places = whole.copy(), sorted(choose.choice(np.arange(2, count), 2, replace=False).tolist())
+            for place in places:
+                wrong[start + place * item : start + (place + 1) * item] = 255  # the value -1
+            messages = set()
+            for threads in (1, 2, 5):
+                with pytest.raises(ValueError, match=said) as caught:
+                    _index.check_tables(wrong, threads)
+                messages.add(str(caught.value))
+            assert len(messages) == 1
+            assert str(places[0]) in messages.pop()
 
 
 # ---- the writer ---------------------------------------------------------------------------------------------------
@@ -275,6 +312,42 @@ def test_a_token_outside_the_vocabulary_is_refused(tmp_path, tokens, said):
     with pytest.raises(UserError, match=f"document 1 has {said}"):
         write(tmp_path / "train", [np.array([1, 2]), np.array(tokens)])
     assert list(tmp_path.iterdir()) == []
+
+
+@same_folder
+@given(sizes=lengths, cuts=st.lists(st.integers(0, 30), max_size=4), piece=st.integers(1, 9))
+def test_many_documents_at_once_are_the_same_as_one_by_one(tmp_path, sizes, cuts, piece):
+    documents = documents_of(sizes)
+    one_by_one = bytes_of(write(tmp_path / "one", documents))
+    with pytest.MonkeyPatch.context() as patch, IndexedDatasetWriter(tmp_path / "many", 1000) as writer:
+        patch.setattr(indexed_writer, "_PIECE", piece)  # the index is written in many pieces too
+        for part in np.split(np.arange(len(sizes)), sorted(min(cut, len(sizes)) for cut in cuts)):
+            flat = np.concatenate([np.empty(0, np.int64), *(documents[i] for i in part)])
+            writer.add_documents(flat.astype(np.uint32), np.array([sizes[i] for i in part], np.int32))
+        assert (writer.num_documents, writer.num_tokens) == (len(sizes), sum(sizes))
+        writer.close()
+    assert bytes_of(tmp_path / "many") == one_by_one
+
+
+def test_a_wrong_token_in_a_batch_is_named_by_its_document_and_nothing_of_the_batch_is_kept(tmp_path):
+    writer = IndexedDatasetWriter(tmp_path / "train", 1000)
+    writer.add_documents(np.arange(5), np.array([2, 0, 3]))
+    for tokens, said in (([1, 2, 3, 1000], "document 6 has token 1000"), ([1, -2, 3, 4], "document 4 has token -2")):
+        with pytest.raises(UserError, match=said):
+            writer.add_documents(np.array(tokens), np.array([1, 1, 0, 2]))
+    for lengths_n in ([4, 1], [5, -1], [3]):
+        with pytest.raises(ValueError, match="there are 4"):
+            writer.add_documents(np.arange(4), np.array(lengths_n))
+    with pytest.raises(TypeError, match="the lengths must be a 1-D array"):
+        writer.add_documents(np.arange(4), np.array([4.0]))
+    writer.close()
+    assert [document.tolist() for document in IndexedDataset(tmp_path / "train")] == [[0, 1], [], [2, 3, 4]]
+
+
+def test_a_document_too_long_for_the_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed_writer, "LONGEST", 9)
+    with pytest.raises(UserError, match="document 1 has 10 tokens, the format allows 9. Split the document"):
+        write(tmp_path / "train", [np.arange(9), np.arange(10)])
 
 
 @pytest.mark.parametrize("tokens", [np.ones(3), np.ones((2, 2), int)])

@@ -7,15 +7,14 @@ import itertools
 import json
 from pathlib import Path
 
+import naive_order as naive
 import numpy as np
 import pytest
 from datafiles import loader_config as config
 
 from engine.data import prepared
-from engine.data.index_cache import IndexCache
 from engine.data.indexed import IndexedDataset, IndexedDatasetWriter
 from engine.data.loader import build
-from engine.data.samples import SampleIndex
 from engine.errors import UserError
 
 S = 16
@@ -115,17 +114,15 @@ def test_the_index_lies_beside_the_data_or_where_it_is_asked_for(data, tmp_path)
     for cfg, folder in [(config(data), data / "index_cache"), (config(data, cache_dir=tmp_path / "x"), tmp_path / "x")]:
         with build(cfg, "train", dp_rank=0, dp_size=1) as loader:
             loader.sample_ids(0, 1, S)
-        assert len(list(folder.glob("*.samples"))) == 1
+        assert len(list(folder.glob("*.groups"))) == 1
 
 
 def test_data_prepared_anew_at_the_same_path_is_read_anew(data):
     seen = set()
     for seed, sizes in [(0, [100, 90, 80]), (1, [80, 90, 100]), (2, [80, 90, 100])]:
         prepare(data, seed, train=sizes)
-        new = IndexedDataset(data / "train")
-        orders = SampleIndex(new, S, 1, IndexCache(None)).epoch(0)
-        row = [int(t) for document in orders.order_n for t in new[document]]
-        expected = [(row[b * S : b * S + S], row[b * S + 1 : b * S + S + 1]) for b in orders.blocks_k.tolist()]
+        blocks = naive.blocks_in_order(list(IndexedDataset(data / "train")), S, 1, 0)
+        expected = [(block[:-1], block[1:]) for block in blocks]
         assert first_rows(config(data), 8) == expected[:8]
         seen.add(str(expected))
     assert len(seen) == 3
@@ -226,8 +223,5 @@ def test_batches_and_lengths_that_do_not_fit(data):
 
 def test_an_unwritable_cache_folder_that_was_asked_for_is_an_error(data, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with (
-        build(config(data, cache_dir=tmp_path / "file" / "cache"), "train", dp_rank=0, dp_size=1) as loader,
-        pytest.raises(UserError, match=r"file/cache: cannot write the index cache"),
-    ):
-        loader.sample_ids(0, 1, S)
+    with pytest.raises(UserError, match=r"file/cache: cannot write the index cache"):
+        build(config(data, cache_dir=tmp_path / "file" / "cache"), "train", dp_rank=0, dp_size=1)

@@ -79,3 +79,19 @@ def test_a_step_consumes_its_batch_times_its_length():
                         seq_length_schedule=[{"step": 0, "seq_length": 4}, {"step": 3, "seq_length": 10}])
     consumed = [4, 4, 8, 20, 40, 40]
     assert [train.batch_size_at(k) * train.seq_length_at(k, 10) for k in range(6)] == consumed
+
+
+@pytest.mark.parametrize("plan", [
+    None, {"start": 1, "every_steps": 2}, {"start": 8, "every_steps": 3}, {"start": 2, "every_steps": 7},
+    {"kind": "ramp", "start": 2, "every_steps": 3, "increment": 2}, {"kind": "ramp", "start": 5, "every_steps": 1,
+                                                                    "increment": 1}])
+@pytest.mark.parametrize("lengths", [(), ((0, 4),), ((0, 4), (3, 10), (20, 6))])
+def test_what_comes_before_a_step_is_the_sum_of_the_steps(plan, lengths):
+    train = TrainConfig(global_batch_size=8, batch_size_schedule=plan, seq_length_schedule=[
+        {"step": step, "seq_length": length} for step, length in lengths])
+    sequences = tokens = 0
+    for step in range(40):
+        assert (train.sequences_before(step), train.tokens_before(step, 16)) == (sequences, tokens)
+        sequences += train.batch_size_at(step)
+        tokens += train.batch_size_at(step) * train.seq_length_at(step, 16)
+    assert train.sequences_before(10**12) == sequences + (10**12 - 40) * 8  # at once, however far

@@ -162,7 +162,7 @@ def _separated(separator: str) -> Callable[[Path, bool], Found]:
 
 def _text(path: Path, direct: bool) -> Found:
     with open_bytes(path) as stream:
-        raw = stream.read(_MAX_LINE)
+        raw = stream.read_full(_MAX_LINE)
         if stream.read(1):
             raise Refused("too_long", f"a text longer than {_MAX_LINE:,} bytes", "Split it into several files.")
     text = decode_utf8(raw.removeprefix(b"\xef\xbb\xbf"))

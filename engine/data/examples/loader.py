@@ -18,6 +18,7 @@ from engine.data import packing
 from engine.data.ahead import Step, StepReader
 from engine.data.blend import BlendIndex
 from engine.data.examples.store import Store
+from engine.data.ledger import Given
 from engine.data.loader import Batch
 from engine.data.order import BLENDED_ROWS, ROWS
 from engine.errors import UserError
@@ -159,6 +160,10 @@ class ExampleLoader(StepReader):
         counts = self.corpus.blend.counts(rows).tolist()
         return [Share(store.source, count, count / index.rows_per_epoch)
                 for store, index, count in zip(self.corpus.stores, self.corpus.indices, counts, strict=True)]
+
+    def given(self, position: int) -> list[Given]:
+        return [Given(share.source, share.rows, share.rows * self.seq_length, share.epochs, share.epochs * len(store))
+                for share, store in zip(self.ledger(position // self.seq_length), self.corpus.stores, strict=True)]
 
     def evaluation_batches(
         self, micro_batch_size: int, seq_length: int, max_sequences: int | None = None

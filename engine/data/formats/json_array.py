@@ -6,9 +6,9 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable
-from typing import IO
 
 from engine.data.formats.lines import Found, decode_utf8, json_lines, kind_name, no_constant, parse_json
+from engine.data.formats.opening import Stream
 from engine.data.quarantine import Refused
 
 _CHUNK = 1 << 20  # bytes
@@ -18,7 +18,7 @@ _LISTS = ("data", "rows", "examples", "train", "instances")
 _FIELDS = ("messages", "conversations", "instruction", "chosen", "text", "prompt")
 
 
-def json_rows(stream: IO[bytes], limit: int, is_row: Callable[[dict], bool] | None = None) -> Found:
+def json_rows(stream: Stream, limit: int, is_row: Callable[[dict], bool] | None = None) -> Found:
     """(number from 1, row) of an array, of an object with one array, or of JSON lines, which many files called .json
     hold. An object for which ``is_row`` holds, or with one of the usual fields, is a row itself.
 
@@ -43,14 +43,14 @@ def json_rows(stream: IO[bytes], limit: int, is_row: Callable[[dict], bool] | No
         for more, row in json_lines(_Joined(following, stream).read, limit, first=False):
             yield last - 1 + more, row
         return
-    rest = stream.read(max(0, limit - len(head) - len(following)) + 1)
+    rest = stream.read_full(max(0, limit - len(head) - len(following)) + 1)
     if len(head) + len(following) + len(rest) > limit:
         detail = f"an object longer than {limit / 1e6:g} MB"
         raise Refused("too_long", detail, "Give its rows as one array, or as JSON lines.")
     yield from _of_object(head + following + rest, is_row)
 
 
-def _next_line(stream: IO[bytes], number: int) -> tuple[bytes, int]:
+def _next_line(stream: Stream, number: int) -> tuple[bytes, int]:
     """The next line that is not blank (at most a chunk of it), b"" at the end, and its number, ``number`` being that of
     the line before."""
     begins = True
@@ -65,7 +65,7 @@ def _next_line(stream: IO[bytes], number: int) -> tuple[bytes, int]:
 class _Joined:
     """What was read already, then the stream."""
 
-    def __init__(self, head: bytes, stream: IO[bytes]):
+    def __init__(self, head: bytes, stream: Stream):
         self._head, self._stream = head, stream
 
     def read(self, size: int) -> bytes:
@@ -102,7 +102,7 @@ def _checked(row: object) -> dict | Refused:
     return row if isinstance(row, dict) else Refused("not_an_object", f"{kind_name(row)}, not an object with fields")
 
 
-def _elements(head: bytes, stream: IO[bytes], limit: int) -> Found:
+def _elements(head: bytes, stream: Stream, limit: int) -> Found:
     decoder = json.JSONDecoder(parse_constant=no_constant)
     text = _Text(head, stream)
     text.skip("[")
@@ -127,7 +127,7 @@ def _elements(head: bytes, stream: IO[bytes], limit: int) -> Found:
 class _Text:
     """Text of a stream, read as far as needed."""
 
-    def __init__(self, head: bytes, stream: IO[bytes]):
+    def __init__(self, head: bytes, stream: Stream):
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._stream = stream
         self._buffer, self._place, self._more = "", 0, True

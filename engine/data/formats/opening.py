@@ -20,8 +20,8 @@ from engine.data.quarantine import Refused
 
 CHUNK = 1 << 20
 _OUT = 1 << 20  # bytes that one call of a decompressor may give
-# zstandard's calls have no such bound. A block of four bytes stands for at most 128 KB, so this gives 32 MB at worst.
-_ZSTD_IN = 1 << 10
+# zstandard's calls have no such bound. A block of four bytes stands for at most 128 KB, so this gives 16 MB at worst.
+_ZSTD_IN = 1 << 9
 _IN = 1 << 16
 _XZ_MEMORY = 1 << 28  # `xz -9` needs 65 MB; a file that claims gigabytes is refused
 _AGAIN = "Fetch or pack it again."
@@ -73,16 +73,60 @@ class Counted(io.RawIOBase):
         return self._digest.hexdigest()
 
 
-def buffered(raw: io.RawIOBase, packing: str | None) -> io.BufferedReader:
+class Stream:
+    """Bytes of a raw stream, in order. Unlike `io.BufferedReader` it loses nothing of what came before an exception:
+    the rows before the break of a file are good."""
+
+    def __init__(self, raw: io.RawIOBase):
+        self._raw, self._held = raw, b""
+
+    def read(self, size: int) -> bytes:
+        """At least one byte and at most ``size``, none at the end."""
+        if self._held:
+            found, self._held = self._held[:size], self._held[size:]
+            return found
+        return self._raw.read(size) or b""
+
+    def read_full(self, size: int) -> bytes:
+        """``size`` bytes, fewer only at the end."""
+        pieces = []
+        while size > 0 and (piece := self.read(min(size, CHUNK))):
+            pieces.append(piece)
+            size -= len(piece)
+        return b"".join(pieces)
+
+    def readline(self, limit: int) -> bytes:
+        """To the end of the line, or ``limit`` bytes; none at the end."""
+        line = b""
+        while len(line) < limit:
+            try:
+                piece = self.read(limit - len(line))
+            except (Refused, OSError):
+                if not line:
+                    raise
+                break  # the next call says so again
+            before, newline, behind = piece.partition(b"\n")
+            line += before + newline
+            if newline or not piece:
+                self._held = behind + self._held
+                break
+        return line
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._raw.close()
+
+
+def stream_of(raw: io.RawIOBase, packing: str | None) -> Stream:
     """``raw`` to read from, unpacked. Reading raises Refused where the compressed data are not whole."""
-    return io.BufferedReader(Unpacked(raw, packing) if packing else raw, CHUNK)
+    return Stream(Unpacked(raw, packing) if packing else raw)
 
 
-def open_bytes(path: Path) -> io.BufferedReader:
+def open_bytes(path: Path) -> Stream:
     """A file to read from, unpacked where its suffix says that it is compressed."""
-    raw = open(path, "rb", buffering=0)  # noqa: SIM115 (closed with what is returned)
-    packing = packing_of(path)
-    return io.BufferedReader(Unpacked(raw, packing), CHUNK) if packing else io.BufferedReader(raw, CHUNK)
+    return stream_of(open(path, "rb", buffering=0), packing_of(path))  # noqa: SIM115 (closed with what is returned)
 
 
 class Unpacked(io.RawIOBase):
@@ -97,6 +141,7 @@ class Unpacked(io.RawIOBase):
         self._output = memoryview(b"")
         self._member: _Member | None = None
         self._members = 0
+        self._trouble: Refused | None = None
 
     def readable(self) -> bool:
         return True
@@ -106,10 +151,16 @@ class Unpacked(io.RawIOBase):
         super().close()
 
     def readinto(self, buffer: Any, /) -> int:
-        while not self._output:
-            if self._member is None and not self._next_member():
-                return 0
-            self._advance()
+        if self._trouble is not None and not self._output:
+            raise self._trouble
+        try:
+            while not self._output:
+                if self._member is None and not self._next_member():
+                    return 0
+                self._advance()
+        except Refused as bad:
+            self._trouble = bad
+            raise
         view = memoryview(buffer)
         count = min(len(view), len(self._output))
         view[:count] = self._output[:count]

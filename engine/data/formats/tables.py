@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from engine.data.formats.lines import Found, decode_utf8, split_lines
-from engine.data.formats.opening import open_bytes, packing_of
+from engine.data.formats.opening import Stream, open_bytes, packing_of
 from engine.data.quarantine import Refused
 from engine.errors import UserError
 
@@ -21,14 +21,15 @@ _PAGES = 1 << 20  # bytes of a Parquet column read at a time, where a row group 
 _AGAIN = "Fetch or write it again."
 
 
-def separated(stream: IO[bytes], separator: str, limit: int) -> Found:
+def separated(stream: Stream, separator: str, limit: int) -> Found:
     """(line on which it starts, record by the names of the header line); an empty field is None.
 
-    A record may go over several lines. One with a stray quote, with bytes that are not UTF-8 or with another number of
-    fields is Refused, and the next line begins another.
+    A record may go over several lines. One of a line with a stray quote, with bytes that are not UTF-8 or with another
+    number of fields is Refused, and the next line begins another.
 
     Raises:
-        Refused: no header line, or a quote that is never closed: what follows it cannot be told apart.
+        Refused: no header line, or a record of several lines whose quote is never closed, is a stray one, or closes
+            further on than ``limit``: what follows cannot be told apart.
     """
     csv.field_size_limit(limit)
     lines = _Lines(stream, limit)
@@ -39,6 +40,8 @@ def separated(stream: IO[bytes], separator: str, limit: int) -> Found:
         try:
             values = next(records, None)
             if values is None:
+                if header is None:
+                    raise Refused("empty", "the file is empty")
                 return
             if lines.trouble is not None:
                 raise lines.trouble
@@ -52,7 +55,7 @@ def separated(stream: IO[bytes], separator: str, limit: int) -> Found:
                 detail = f"{len(values)} fields under {len(header)} names"
                 yield start, Refused("wrong_number_of_fields", detail)
         except csv.Error as error:
-            if header is None or "unexpected end of data" in str(error):
+            if header is None or lines.number > start or "unexpected end of data" in str(error):
                 raise Refused("not_csv", f"not CSV ({error}, from line {start:,} on)") from None
             yield start, Refused("not_csv", f"not CSV ({error})")
         except Refused as bad:
@@ -65,7 +68,7 @@ def separated(stream: IO[bytes], separator: str, limit: int) -> Found:
 class _Lines:
     """Decoded lines of a file with their ends; ``trouble`` is what was wrong with one since it was last set to None."""
 
-    def __init__(self, stream: IO[bytes], limit: int):
+    def __init__(self, stream: Stream, limit: int):
         self.number = 0
         self.trouble: Refused | None = None
         self._found = split_lines(stream.read, limit)
@@ -87,7 +90,7 @@ class _Lines:
 
 
 def row_groups(path: Path, kind: str) -> list[tuple[int, int]]:
-    """(rows, bytes) of each group that can be read by itself; empty where the file is broken."""
+    """(rows, uncompressed bytes) of each group that can be read by itself; empty where the file is broken."""
     try:
         if kind == "parquet":
             metadata = _pyarrow(path).parquet.read_metadata(path)
@@ -95,7 +98,8 @@ def row_groups(path: Path, kind: str) -> list[tuple[int, int]]:
             return [(group.num_rows, group.total_byte_size) for group in groups]
         with ExitStack() as stack:
             batches = _arrow_batches(path, stack, 0)[1]
-            return [(batch.num_rows, batch.nbytes) for batch in batches]
+            rows = [batch.num_rows for batch in batches]
+            return [(count, path.stat().st_size * count // max(sum(rows), 1)) for count in rows]
     except (OSError, ValueError, Refused):
         return []
 

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from engine.config.prepare import PrepareConfig
-from engine.data.sources import Listing, show
-from engine.data.units import Unit, plan_units
+from engine.data import collectors
+from engine.data.sources import Listing, SourceFile, show
+from engine.data.units import Slice, Unit, plan_units
 from engine.errors import UserError
 
 # Raised when a step would leave other files, or other bytes in them: an older job is then begun afresh.
@@ -37,13 +38,17 @@ PLAN, UNITS, PLACES = "plan.json", "units.jsonl", "units.at"
 OUTPUT, ASSEMBLED = "output", "assembled"
 
 
+# [size, mtime_ns] of a regular file, the hash that a collector calls itself by, None for what is gone
+Identity = list[int] | str | None
+
+
 @dataclass(frozen=True)
 class PlannedUnit:
-    """A unit and its raw size (bytes), with (size, mtime_ns) of each slice's file when the plan was made."""
+    """A unit and its raw size (bytes), with the identity of each slice's file when the plan was made."""
 
     unit: Unit
     size: int
-    files: tuple[tuple[int, int] | None, ...]
+    files: tuple[Identity, ...]
 
     def as_json(self) -> dict[str, Any]:
         return {"unit": self.unit.to_json(), "size": self.size, "files": self.files}
@@ -79,8 +84,7 @@ class Job:
         with open(self.folder / UNITS, "rb") as stream:
             stream.seek(int(self._places[number]))
             item = json.loads(stream.readline())
-        files = tuple(None if file is None else (file[0], file[1]) for file in item["files"])
-        return PlannedUnit(Unit.from_json(item["unit"]), item["size"], files)
+        return PlannedUnit(Unit.from_json(item["unit"]), item["size"], tuple(item["files"]))
 
     def place(self, step: str, task: int) -> Path:
         """Where ``task`` of ``step`` leaves its result."""
@@ -88,7 +92,8 @@ class Job:
 
     def places(self, step: str) -> list[Path]:
         """Of all tasks of a complete step, in order."""
-        return sorted((path for path in (self.folder / step).iterdir() if path.name.isdigit()), key=lambda p: int(p.name))
+        numbers = sorted(int(path.name) for path in (self.folder / step).iterdir() if path.name.isdigit())
+        return [self.place(step, number) for number in numbers]
 
     def done(self, step: str, task: int) -> bool:
         return self.place(step, task).is_dir()
@@ -172,22 +177,28 @@ def _given(config: PrepareConfig) -> list[str]:
 
 
 def _planned(unit: Unit) -> PlannedUnit:
-    size, files = 0, []
-    for piece in unit.slices:
-        identity = file_identity(piece.file.path)
-        files.append(identity)
-        by_bytes = identity is not None and piece.end is not None and piece.end <= identity[0]
-        size += (piece.end - piece.start) if by_bytes else identity[0] if identity else 0
-    return PlannedUnit(unit, size, tuple(files))
+    files = [identity_of(piece.file) for piece in unit.slices]
+    return PlannedUnit(unit, sum(map(_size, unit.slices, files)), tuple(files))
 
 
-def file_identity(path: Path) -> tuple[int, int] | None:
-    """(size, mtime_ns) of a regular file; None for anything else."""
+def _size(piece: Slice, identity: Identity) -> int:
+    """Raw bytes, as the reader will count them."""
+    if not isinstance(identity, list):
+        return 0
+    if piece.file.kind == "jsonl" and piece.end is not None:
+        return piece.end - piece.start
+    return 0 if piece.start else identity[0]
+
+
+def identity_of(file: SourceFile) -> Identity:
+    """What tells the file from a later one of its name, without reading it."""
+    if file.kind == "collector":
+        return collectors.load(file.path).identity()
     try:
-        found = path.stat()
+        found = file.path.stat()
     except OSError:
         return None
-    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+    return [found.st_size, found.st_mtime_ns] if stat.S_ISREG(found.st_mode) else None
 
 
 def _same(folder: Path, plan: dict[str, Any]) -> bool:

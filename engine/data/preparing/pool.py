@@ -19,11 +19,7 @@ from types import TracebackType
 
 from engine.data.preparing.job import Job
 from engine.data.preparing.steps import Step
-from engine.errors import UserError
-
-
-class WorkerDied(UserError):
-    """A worker process ended without a word. What was finished before is kept."""
+from engine.errors import Interrupted, UserError
 
 
 @dataclass
@@ -51,7 +47,7 @@ class Pool:
     def run(self, step: Step, tasks: Sequence[int], progress: Callable[[int, int], None]) -> None:
         """Do ``tasks``. ``progress(bytes, tasks)`` is told of each bit that is done.
 
-        Raises what a task raised (UserError, OSError), or WorkerDied, and leaves the other workers to be ended.
+        Raises what a task raised (UserError, OSError), or Interrupted, and leaves the other workers to be ended.
         """
         waiting = deque(tasks)
         threads = max(1, self.count // max(1, len(tasks)))
@@ -91,7 +87,7 @@ class Pool:
                 continue
             task, worker.task = worker.task, None
             if "user_error" in answer:
-                raise UserError(answer["user_error"])
+                raise (Interrupted if answer["interrupted"] else UserError)(answer["user_error"])
             if "os_error" in answer:
                 raise OSError(*answer["os_error"])
             if "bug" in answer:
@@ -99,13 +95,13 @@ class Pool:
             progress(0, 1)
         return worker.task is None
 
-    def _died(self, worker: _Worker, step: Step) -> WorkerDied:
+    def _died(self, worker: _Worker, step: Step) -> Interrupted:
         code = worker.process.wait()
         how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
             how += ", as the system does when memory is short"
         doing = "between tasks" if worker.task is None else f"in {step.name} {worker.task}"
-        return WorkerDied(
+        return Interrupted(
             f"a worker process died {doing} ({how})", where=str(self.job.folder),
             fix="Start it again: it goes on where it stopped. Less memory is needed with fewer --workers.",
         )  # fmt: skip

@@ -15,10 +15,10 @@ import numpy as np
 from engine.data.cleaning import Cleaner
 from engine.data.dedup import content_digest, write_run
 from engine.data.preparing.context import Context
-from engine.data.preparing.job import Job, PlannedUnit, file_identity
+from engine.data.preparing.job import Identity, Job, PlannedUnit, identity_of
 from engine.data.quarantine import Quarantine
-from engine.data.reading import Reader
-from engine.data.sources import show
+from engine.data.reading import Reader, place_of
+from engine.data.sources import SourceFile, show
 from engine.data.spool import NO_ROW, Spool, SpoolWriter, split_key
 from engine.errors import UserError
 
@@ -55,7 +55,7 @@ def _collect(
     slices, read, seed = [], 0, job.config.seed
     with SpoolWriter(folder) as spool:
         for number, (piece, identity) in enumerate(zip(planned.unit.slices, planned.files, strict=True)):
-            _unchanged(piece.file.path, identity)
+            _unchanged(piece.file, identity)
             for document in reader.read(piece):
                 read += 1
                 text = cleaner.clean(document.text, document.kind, document.source, truncated=document.truncated)
@@ -64,17 +64,17 @@ def _collect(
                     digest = content_digest(raw)
                     spool.append(raw, digest, split_key(digest, seed), number, document.row)
                 context.progress(reader.size)
-            _unchanged(piece.file.path, identity)
+            _unchanged(piece.file, identity)
             context.finished(reader.size)
             slices.append({"sha256": reader.sha256, "bytes": reader.size, "lines": reader.lines})
     return slices, read
 
 
-def _unchanged(path: Path, identity: tuple[int, int] | None) -> None:
+def _unchanged(file: SourceFile, identity: Identity) -> None:
     # Half of an old file and half of a new one would be in nobody's manifest. One that is gone is for the reader.
-    now = file_identity(path)
+    now = identity_of(file)
     if now is not None and now != identity:
-        raise UserError("was changed while it was prepared", where=show(path), fix="Start again once it is complete.")
+        raise UserError("was changed while it was prepared", where=show(file.path), fix="Start again once it is ready.")
 
 
 def _write_runs(folder: Path) -> None:
@@ -96,8 +96,4 @@ def source_of(job: Job, unit: int, document: int) -> str:
     """Where a spooled document came from, as the reader says it: ``path``, ``path:row`` or ``path+start:row``."""
     record = spool_of(job, unit).records[document]
     piece = job.unit(unit).unit.slices[int(record["slice"])]
-    path = show(piece.file.path)
-    if record["row"] == NO_ROW:
-        return path
-    start = f"+{piece.start}" if piece.file.kind == "jsonl" and piece.start else ""
-    return f"{path}{start}:{record['row']}"
+    return place_of(piece, None if record["row"] == NO_ROW else int(record["row"]))

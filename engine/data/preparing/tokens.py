@@ -19,6 +19,7 @@ from engine.data.preparing import count, read, splits
 from engine.data.preparing.context import Context
 from engine.data.preparing.job import Job
 from engine.data.sources import show
+from engine.data.spool import split_texts
 from engine.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from engine.data.tokenizer_training import EOD
 from engine.errors import UserError
@@ -85,8 +86,8 @@ class _Sample:
         picked &= count.splits_in(self.job, unit) == splits.TRAIN
         if at_most is not None:
             picked[np.flatnonzero(picked)[at_most:]] = False
-        for _, texts in spool.batches(picked):
-            for raw in texts:
+        for _, text, lengths in spool.batches(picked):
+            for raw in split_texts(text, lengths):
                 self.documents += 1
                 self.size += len(raw)
                 self.context.progress(self.size)
@@ -104,13 +105,14 @@ def tokenize(job: Job, task: int, folder: Path, context: Context) -> None:
         picked = kept & (split_of == split)
         if not picked.any():
             continue
-        with IndexedDatasetWriter(folder / name, model.vocab_size) as writer:
-            for numbers, texts in spool.batches(picked):
-                ids, lengths = _encode(model, texts, context.threads)
+        with IndexedDatasetWriter(folder / name, model.vocab_size, durable=False) as writer:
+            for numbers, text, sizes in spool.batches(picked):
+                ids, lengths = model.encode_spans(text, sizes, context.threads, end=model.eod_id)
+                writer.add_documents(ids, lengths)
                 report["with_eod"] += _documents_with(ids, lengths, model.eod_id)
-                report["restored"] += _restored(model, checked, numbers, texts, ids, lengths)
-                _add(writer, ids, lengths, model.eod_id)
-                done += sum(map(len, texts))
+                if not checked.isdisjoint(numbers.tolist()):
+                    report["restored"] += _restored(model, checked, numbers, split_texts(text, sizes), ids, lengths)
+                done += len(text)
                 context.progress(done)
         report["splits"][name] = {
             "documents": int(picked.sum()),
@@ -127,43 +129,23 @@ def report_of(job: Job, unit: int) -> dict[str, Any]:
     return job.read_json(TOKENIZE, unit, "report.json")
 
 
-def _encode(model: Tokenizer, texts: list[bytes], threads: int) -> tuple[np.ndarray, np.ndarray]:
-    if hasattr(model, "encode_packed"):
-        return model.encode_packed(texts, threads)
-    lists = model.encode_batch([text.decode() for text in texts])
-    lengths = np.array([len(ids) for ids in lists], np.int64)
-    return np.concatenate([np.array(ids, np.uint32) for ids in lists]), lengths
-
-
 def _documents_with(ids: np.ndarray, lengths: np.ndarray, eod_id: int) -> int:
-    """How many documents spell out the token that is to end them."""
+    """How many documents hold, before their end, the token that ends them."""
+    ends = np.cumsum(lengths)
     found = np.flatnonzero(ids == eod_id)
-    return len(np.unique(np.searchsorted(np.cumsum(lengths), found, side="right"))) if len(found) else 0
+    if len(found) == len(lengths):
+        return 0
+    documents = np.searchsorted(ends, found, side="right")
+    return len(np.unique(documents[found != ends[documents] - 1]))
 
 
 def _restored(
     model: Tokenizer, checked: set[int], numbers: np.ndarray, texts: list[bytes], ids: np.ndarray, lengths: np.ndarray
 ) -> list[tuple[int, bool]]:
     """(number, is it what it was when decoded again) of the batch's documents that are ``checked``."""
-    if checked.isdisjoint(numbers.tolist()):
-        return []
     ends = np.cumsum(lengths)
     return [
-        (number, model.decode(ids[end - length : end].tolist()) == text.decode())
+        (number, model.decode(ids[end - length : end - 1].tolist()) == text.decode())
         for number, text, length, end in zip(numbers.tolist(), texts, lengths, ends, strict=True)
         if number in checked
     ]
-
-
-def _add(writer: IndexedDatasetWriter, ids: np.ndarray, lengths: np.ndarray, eod_id: int) -> None:
-    """Writes the batch, each document with its end."""
-    ends = np.cumsum(lengths + 1)
-    tokens = np.full(int(ends[-1]), eod_id, np.int32)
-    inside = np.ones(len(tokens), bool)
-    inside[ends - 1] = False
-    tokens[inside] = ids
-    if hasattr(writer, "add_documents"):
-        writer.add_documents(tokens, lengths + 1)
-    else:
-        for document in np.split(tokens, ends[:-1]):
-            writer.add_document(document)

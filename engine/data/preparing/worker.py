@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from engine.data.preparing.context import Context
 from engine.data.preparing.job import Job
 from engine.data.preparing.steps import step_named
-from engine.errors import UserError
+from engine.errors import Interrupted, UserError
 
 _REPORT_SECONDS = 0.2
 
@@ -48,11 +48,11 @@ def _do(job: Job, request: dict[str, Any], answers: TextIO) -> dict[str, Any]:
     try:
         step_named(request["step"]).run(job, request["task"], Context(request["threads"], report.add))
     except UserError as error:
-        return {"user_error": str(error)}
+        return {"user_error": str(error), "interrupted": isinstance(error, Interrupted)}
     except OSError as error:
         return {"os_error": [error.errno, error.strerror or str(error), os.fspath(error.filename or "")]}
     except MemoryError:
-        return {"user_error": "out of memory. Lower --unit_mb or --workers"}
+        return {"user_error": "out of memory. Lower --workers or --unit_mb", "interrupted": True}
     except Exception:
         return {"bug": traceback.format_exc()}
     report.send()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from engine.config.stages import Source
 from engine.data.chat import rows
 from engine.data.formats import json_array
+from engine.data.formats.opening import Stream
 from engine.data.quarantine import Quarantine
 from engine.errors import UserError
 
@@ -158,14 +159,14 @@ def test_rows_of_an_array_that_is_no_array_of_objects(tmp_path):
 def test_an_array_is_the_same_in_any_chunks(monkeypatch, found, chunk, indent):
     monkeypatch.setattr(json_array, "_CHUNK", chunk)
     raw = json.dumps(found, ensure_ascii=True, indent=indent).encode()
-    assert list(json_array.json_rows(io.BytesIO(raw), 1 << 20)) == list(enumerate(found, 1))
+    assert list(json_array.json_rows(Stream(io.BytesIO(raw)), 1 << 20)) == list(enumerate(found, 1))
 
 
 @pytest.mark.parametrize("chunk", range(1, 9))
 def test_an_element_that_is_no_object_is_whole_in_any_chunks(monkeypatch, chunk):
     """A number that the buffer cuts off is a number, too."""
     monkeypatch.setattr(json_array, "_CHUNK", chunk)
-    found = json_array.json_rows(io.BytesIO(b'[12345, {"a": 1}, true, 1.5, 2e+7, 678]'), 1 << 20)
+    found = json_array.json_rows(Stream(io.BytesIO(b'[12345, {"a": 1}, true, 1.5, 2e+7, 678]')), 1 << 20)
     assert [(number, row if isinstance(row, dict) else row.reason) for number, row in found] == [
         (number, {"a": 1} if number == 2 else "not_an_object") for number in range(1, 7)]
 

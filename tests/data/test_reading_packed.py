@@ -1,0 +1,155 @@
+"""Compressed files: the same bytes as before they were packed, and nothing of what is broken taken for whole."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import tracemalloc
+from unittest.mock import patch
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from readings import config, read, refused
+
+from engine.data.formats import opening
+from engine.data.formats.opening import Stream, Unpacked
+from engine.data.quarantine import Refused
+from engine.errors import UserError
+
+PACK = {
+    ".gz": lambda raw: gzip.compress(raw, mtime=0),
+    ".zst": lambda raw: zstandard.ZstdCompressor(write_checksum=True).compress(raw),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+ROWS = [f"row {number} " + hashlib.sha256(bytes([number])).hexdigest() for number in range(200)]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in ROWS).encode()
+packings = pytest.mark.parametrize("packing", PACK)
+
+
+def unpacked(raw: bytes, packing: str) -> tuple[bytes, str | None]:
+    """What can be read of it, and why no more."""
+    stream, found = Stream(Unpacked(io.BytesIO(raw), packing)), b""  # type: ignore[arg-type]
+    try:
+        while chunk := stream.read(50):
+            found += chunk
+    except Refused as bad:
+        return found, bad.reason
+    return found, None
+
+
+@packings
+@pytest.mark.parametrize("name", ["a.txt", "a.py", "a.jsonl", "a.json", "a.csv"])
+def test_every_kind_is_the_same_packed(tmp_path, packing, name):
+    table = "text\n" + "\n".join(ROWS) + "\n"
+    raw = {"a.jsonl": LINES, "a.json": json.dumps([{"text": text} for text in ROWS]).encode()}.get(name, table.encode())
+    for folder in ("plain", "packed"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "plain" / name).write_bytes(raw)
+    packed = PACK[packing](raw)
+    (tmp_path / "packed" / (name + packing)).write_bytes(packed)
+    plain, _, _ = read(config(tmp_path / "plain"))
+    found, quarantine, reader = read(config(tmp_path / "packed", unit_mb=0.001))
+    assert [text for _, text in found] == [text for _, text in plain] == (ROWS if name[2:] in ("jsonl", "json", "csv")
+                                                                          else [raw.decode()])  # fmt: skip
+    assert [place.partition(packing)[2] for place, _ in found] == [place.partition(name)[2] for place, _ in plain]
+    assert (quarantine, reader.size, reader.sha256) == ([], len(packed), hashlib.sha256(packed).hexdigest())
+
+
+@settings(deadline=None, max_examples=60)
+@given(members=st.lists(st.binary(max_size=300) | st.integers(0, 9).map(lambda n: bytes([n]) * 40_000), min_size=1,
+                        max_size=4), zeros=st.integers(0, 3), packing=st.sampled_from(list(PACK)),
+       out=st.sampled_from([1, 700, 1 << 20]), feed=st.sampled_from([1, 9, 1 << 16]))  # fmt: skip
+def test_members_frames_and_padding_at_any_buffer_sizes(members, zeros, packing, out, feed):
+    raw = b"".join(PACK[packing](member) for member in members) + bytes(4 * zeros)
+    with patch.multiple(opening, _OUT=out, _IN=feed, _ZSTD_IN=feed):
+        assert unpacked(raw, packing) == (b"".join(members), None)
+
+
+def test_a_frame_of_zstandard_that_is_to_be_skipped():
+    skipped = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"notes"
+    assert unpacked(skipped + PACK[".zst"](b"text") + skipped, ".zst") == (b"text", None)
+
+
+@packings
+def test_cut_anywhere_it_gives_what_is_good_and_says_that_it_is_cut(packing):
+    raw = PACK[packing](LINES[:3000])
+    for at in range(len(raw)):
+        found, reason = unpacked(raw[:at], packing)
+        assert LINES.startswith(found)
+        assert reason in (("wrong_suffix", "cut_short") if at < 8 else ("cut_short",)), at
+    behind = raw + raw[:at]
+    assert unpacked(behind, packing)[1] == "cut_short"
+    assert unpacked(behind, packing)[0].startswith(LINES[:3000])
+
+
+@packings
+def test_a_flipped_bit_never_passes(packing):
+    raw = PACK[packing](LINES[:3000])
+    start = 10 if packing == ".gz" else 0  # a gzip header's time and system are checked by nobody
+    for at in range(start, len(raw)):
+        found, reason = unpacked(raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :], packing)
+        assert reason is not None or found == LINES[:3000], at
+
+
+@packings
+@pytest.mark.parametrize(("damage", "reason", "rows"), [
+    (lambda raw: raw[:-1], "cut_short", 200),
+    (lambda raw: raw + b"and more", "trailing_garbage", 200),
+    (lambda raw: b"plain text, whatever the name says", "wrong_suffix", 0),
+    (lambda raw: b"", "wrong_suffix", 0),
+])  # fmt: skip
+def test_a_broken_file_is_in_quarantine_and_its_good_rows_are_kept(tmp_path, packing, damage, reason, rows):
+    root = tmp_path / "in"
+    root.mkdir()
+    path = root / f"a.jsonl{packing}"
+    path.write_bytes(damage(PACK[packing](LINES)))
+    (root / "b.jsonl").write_text('{"text": "the next file"}\n')
+    documents, quarantine, reader = read(config(root))
+    assert [text for _, text in documents] == [*ROWS[:rows], "the next file"]
+    assert refused(quarantine) == [(None, reason)]
+    assert quarantine[0]["file"] == str(path)
+    assert quarantine[0]["detail"].endswith(f", after {rows:,} rows") == bool(rows)
+    assert reader.records == rows + 1
+    with pytest.raises(UserError, match=rf"a\.jsonl\{packing}: .*\. (Fetch|Rename)"):
+        read(config(path))
+
+
+def test_half_of_a_large_gzip_keeps_the_rows_of_its_half(tmp_path):
+    path = tmp_path / "in" / "a.jsonl.gz"
+    path.parent.mkdir()
+    rows = [hashlib.sha512(str(number).encode()).hexdigest() for number in range(5000)]
+    raw = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in rows).encode())
+    path.write_bytes(raw[: len(raw) // 2])
+    documents, quarantine, _ = read(config(path.parent))
+    texts = [text for _, text in documents]
+    assert texts == rows[: len(texts)]
+    assert len(texts) > 2000
+    assert refused(quarantine) == [(None, "cut_short")]
+
+
+@packings
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.csv"])
+def test_a_bomb_goes_to_quarantine_in_little_memory(tmp_path, packing, name):
+    size = 60_000_000 if packing in (".gz", ".zst") else 12_000_000
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / (name + packing)).write_bytes(PACK[packing](b'{"text": "' + b"0" * size))
+    tracemalloc.start()
+    try:
+        documents, quarantine, _ = read(config(root, max_line_mb=1, max_characters=1000))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 50e6  # zstandard's blocks of four bytes for 128 KB; the others stay below 10 MB
+    if name == "a.txt":
+        assert [len(text) for _, text in documents] == [4000]
+    else:
+        assert not documents
+        assert [item["reason"] for item in quarantine] in (["line_too_long"], ["too_long"])
