@@ -21,7 +21,7 @@ class Minhash:
 def instruction_sets() -> int:
     """How many versions of the innermost loop this machine runs, the slowest first."""
 
-def signature_bytes(signatures: NDArray[np.uint32], bands: int, rows: int, settings: int) -> bytes:
+def signature_bytes(signatures: NDArray[np.uint32], bands: int, rows: int, settings: int, threads: int = 1) -> bytes:
     """The file of a unit's signatures [documents, permutations]."""
 
 def pairs(

@@ -39,8 +39,11 @@ class FunctionWords:
     """The function words of up to 64 languages."""
 
     def __init__(self, words: list[list[str]]) -> None: ...
-    def hints(self, text: str | bytes) -> tuple[list[int], int, list[int]]:
-        """(letters of each script [14], words, function words of each language) of the first 65,536 characters."""
+    def hints(self, text: str | bytes) -> tuple[list[int], int, list[int], list[int]]:
+        """(letters of each script [14], words, function words of each language, different ones among these).
+
+        Of the first 65,536 characters. No word counts more often than once in 32 words.
+        """
 
 class Leaks:
     """n-grams of up to 64 evaluation sets. All texts in lower case."""

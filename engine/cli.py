@@ -12,6 +12,7 @@ from engine.runtime import command
 # name: (module with main(argv) -> exit code, one line for --help); imported only when called, for start-up time.
 COMMANDS = {
     "prepare": ("engine.data.prepare", "raw files -> tokenizer, .bin/.idx, manifest"),
+    "train-tokenizer": ("engine.data.train_tokenizer", "text -> BPE or unigram, tokenizer.json or SentencePiece .model"),
     "code-tasks": ("engine.data.code_tasks", "Python source -> instruction examples and preference pairs (JSONL)"),
     "pretrain": ("engine.pretrain", "train a model, or resume (several processes: torchrun -m engine.pretrain)"),
     "midtrain": ("engine.midtrain", "go on from a checkpoint's weights with a fresh schedule and another blend"),
@@ -31,7 +32,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The text of `mainspring --help`."""
-    lines = [f"  {name:<13} {about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:<15} {about}" for name, (_, about) in COMMANDS.items()]
     return "\n".join(["usage: mainspring <command> [--config FILE] [--field value …] [--help] [--debug]", "",
                       *lines, "", "`mainspring <command> --help` lists every field with its default and unit."])
 

@@ -69,7 +69,7 @@ def examples(cfg: Config, groups: Groups, tokenizer: Path) -> Data:
 
 def described(cfg: Config, train: ExampleLoader) -> list[str]:
     """What the run will read, in lines for people."""
-    total = sum(cfg.train.batch_size_at(step) for step in range(min(cfg.train.max_steps, 10**6)))
+    total = cfg.train.sequences_before(cfg.train.max_steps)
     lines = [f"{train.num_examples:,} examples in {train.rows_per_epoch:,} rows of {train.seq_length:,} tokens, "
              f"{train.fill:.1%} full; the run reads {total:,} rows"]
     for share in train.ledger(total):

@@ -27,16 +27,28 @@ py::array_t<uint32_t> as_array(const std::vector<Duplicate>& found) {
     return out;
 }
 
+// What encode(allocate) writes, without the GIL, straight into a new bytes object.
+template <class Encode>
+py::bytes bytes_of(const Encode& encode) {
+    py::object made;
+    const Allocate allocate = [&](uint64_t size) {
+        const py::gil_scoped_acquire hold;
+        made = py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
+        if (!made) throw py::error_already_set();
+        return PyBytes_AS_STRING(made.ptr());
+    };
+    {
+        py::gil_scoped_release release;
+        encode(allocate);
+    }
+    return made;
+}
+
 py::bytes run_bytes(const Words& digests) {
     if (digests.ndim() != 2 || digests.shape(1) != 2) throw py::value_error("digests must be [documents, 2]");
     const uint64_t* data = digests.data();
     const auto count = static_cast<uint64_t>(digests.shape(0));
-    std::string out;
-    {
-        py::gil_scoped_release release;
-        out = encode_run(data, count);
-    }
-    return out;
+    return bytes_of([&](const Allocate& allocate) { encode_run(data, count, allocate); });
 }
 
 py::array_t<uint32_t> duplicates(const std::vector<std::string>& paths, uint64_t part, uint64_t parts) {
@@ -106,17 +118,14 @@ py::array_t<uint32_t> sign(const Minhash& minhash, const std::vector<Text>& text
 }
 
 py::bytes signature_bytes(const py::array_t<uint32_t, py::array::c_style>& signatures, uint64_t bands, uint64_t rows,
-                          uint64_t settings) {
+                          uint64_t settings, int threads) {
     if (signatures.ndim() != 2) throw py::value_error("signatures must be [documents, permutations]");
     const uint32_t* data = signatures.data();
     const auto documents = static_cast<uint64_t>(signatures.shape(0));
     const auto permutations = static_cast<uint64_t>(signatures.shape(1));
-    std::string out;
-    {
-        py::gil_scoped_release release;
-        out = encode_signatures(data, documents, permutations, {bands, rows}, settings);
-    }
-    return out;
+    return bytes_of([&](const Allocate& allocate) {
+        encode_signatures(data, documents, permutations, {bands, rows}, settings, threads, allocate);
+    });
 }
 
 // keep(unit) -> None or [documents] bool; called with the GIL, from the thread that called pairs.
@@ -132,19 +141,14 @@ py::bytes pairs(const std::vector<std::string>& paths, const py::object& keep, c
                                  std::to_string(documents) + " documents");
         return reinterpret_cast<const uint8_t*>(mask.data());
     };
-    std::string out;
-    {
-        py::gil_scoped_release release;
-        out = encode_pairs(near_pairs(paths, of_unit, options));
-    }
-    return out;
+    return bytes_of([&](const Allocate& allocate) { encode_pairs(near_pairs(paths, of_unit, options), allocate); });
 }
 
 py::bytes pair_bytes(const py::array_t<uint32_t, py::array::c_style>& rows) {
     if (rows.ndim() != 2 || rows.shape(1) != 4) throw py::value_error("pairs must be [pairs, 4]");
     std::vector<Duplicate> found(static_cast<size_t>(rows.shape(0)));
     if (!found.empty()) std::memcpy(found.data(), rows.data(), found.size() * sizeof(Duplicate));
-    return encode_pairs(found);
+    return bytes_of([&](const Allocate& allocate) { encode_pairs(found, allocate); });
 }
 
 py::array_t<uint32_t> clusters(const std::vector<std::string>& paths, uint64_t units, uint64_t pairs_at_once) {
@@ -189,7 +193,7 @@ PYBIND11_MODULE(_dedup, m) {
         }, py::arg("buffer"), py::arg("lengths"), py::arg("threads"));
     m.def("instruction_sets", &instruction_sets);
     m.def("signature_bytes", &signature_bytes, py::arg("signatures"), py::arg("bands"), py::arg("rows"),
-          py::arg("settings"));
+          py::arg("settings"), py::arg("threads") = 1);
     m.def("pairs", [](const std::vector<std::string>& paths, const py::object& keep, uint64_t band, uint64_t part,
                       uint64_t parts, uint64_t matches, uint64_t rows, uint64_t settings) {
         return pairs(paths, keep, {band, part, parts, matches, rows, settings});

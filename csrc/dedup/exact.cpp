@@ -14,18 +14,16 @@ constexpr uint64_t SEED = 2;
 
 }  // namespace
 
-std::string encode_run(const uint64_t* digests, uint64_t count) {
+void encode_run(const uint64_t* digests, uint64_t count, const Allocate& allocate) {
     if (count > UINT32_MAX) throw std::length_error("a unit has less than 2^32 documents");
     std::vector<Record<2>> records(count);
     for (uint64_t i = 0; i < count; ++i)
         records[i] = {{digests[2 * i], digests[2 * i + 1]}, 0, static_cast<uint32_t>(i)};
     sort_records(records, {0, ~uint64_t{0}});
-    std::string out;
     const Header header{2, 1, count, 0, 0, 0};
-    out.reserve(file_bytes(header));
-    append_header(out, header);
-    append_section(out, records, SEED);
-    return out;
+    char* out = allocate(file_bytes(header));
+    put_header(out, header);
+    put_section(out + HEADER_BYTES, records, SEED);
 }
 
 std::vector<Duplicate> exact_duplicates(const std::vector<std::string>& paths, uint64_t part, uint64_t parts) {
@@ -40,7 +38,7 @@ std::vector<Duplicate> exact_duplicates(const std::vector<std::string>& paths, u
     sort_records(records, range);
     std::vector<Duplicate> found;
     for (uint64_t first = 0, i = 1; i < records.size(); ++i) {
-        if (records[i].key != records[first].key)
+        if (!records[i].same_key(records[first]))
             first = i;
         else
             found.push_back({records[i].unit, records[i].document, records[first].unit, records[first].document});

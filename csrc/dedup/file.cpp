@@ -22,12 +22,12 @@ uint64_t file_bytes(const Header& h) {
     return HEADER_BYTES + h.sections * section + (h.permutations ? h.rows * (h.permutations + 1) * 4 : 0);
 }
 
-void append_header(std::string& out, const Header& h) {
+void put_header(char* out, const Header& h) {
     uint64_t words[10] = {0,      h.key_words,    h.sections, h.records,     h.rows,
                           h.permutations, h.settings, 0, file_bytes(h), 0};
     std::memcpy(words, MAGIC, 8);
     words[9] = hash_bytes(words, 72, HEADER_SEED);
-    out.append(reinterpret_cast<const char*>(words), HEADER_BYTES);
+    std::memcpy(out, words, HEADER_BYTES);
 }
 
 InputFile::InputFile(std::string path) : path_(std::move(path)), stream_(path_, std::ios::binary | std::ios::ate) {

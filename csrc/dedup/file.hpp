@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <fstream>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -26,8 +27,11 @@ struct Header {
 
 constexpr uint64_t HEADER_BYTES = 80;
 
-// Appends the 80 bytes of the header to `out`. Files are little-endian, as all machines this runs on.
-void append_header(std::string& out, const Header& header);
+// Where a file of so many bytes is to be written. Files are little-endian, as all machines this runs on.
+using Allocate = std::function<char*(uint64_t bytes)>;
+
+// Writes the 80 bytes of the header.
+void put_header(char* out, const Header& header);
 
 // Bytes of the whole file with this header; throws std::length_error where 64 bits do not hold them.
 uint64_t file_bytes(const Header& header);

@@ -32,6 +32,12 @@ inline uint64_t mix(uint64_t value, uint64_t seed) { return fold(value ^ HASH_A,
 inline uint64_t hash_bytes(const void* data, uint64_t size, uint64_t seed) {
     const char* at = static_cast<const char*>(data);
     uint64_t state = mix(size, seed);
+    if (size >= 32) {  // four chains, for a product waits for the one before it
+        uint64_t chains[4] = {state, state + HASH_A, state + HASH_B, state + HASH_C};
+        for (; size >= 32; at += 32, size -= 32)
+            for (int i = 0; i < 4; ++i) chains[i] = fold(chains[i] ^ load64(at + 8 * i), HASH_C) + HASH_A;
+        state = fold(chains[0] ^ HASH_A, chains[1] ^ HASH_B) + fold(chains[2] ^ HASH_A, chains[3] ^ HASH_B);
+    }
     for (; size >= 8; at += 8, size -= 8) state = fold(state ^ load64(at), HASH_C) + HASH_A;
     uint64_t rest = 0;
     if (size) std::memcpy(&rest, at, size);

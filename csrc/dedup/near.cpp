@@ -1,11 +1,13 @@
 #include "near.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <tuple>
 
 #include "clones.hpp"
 #include "minhash.hpp"
+#include "parallel.hpp"
 #include "runs.hpp"
 
 namespace mainspring {
@@ -149,7 +151,7 @@ std::vector<Span> groups_of(const std::vector<Record<1>>& records) {
     std::vector<Span> groups;
     for (uint64_t first = 0, last; first < records.size(); first = last) {
         last = first + 1;
-        while (last < records.size() && records[last].key == records[first].key) ++last;
+        while (last < records.size() && records[last].same_key(records[first])) ++last;
         if (last - first > 1) groups.push_back({first, last});
     }
     return groups;
@@ -167,8 +169,8 @@ void load_rows(Rows& rows, const std::vector<Record<1>>& records, const std::vec
 
 }  // namespace
 
-std::string encode_signatures(const uint32_t* signatures, uint64_t documents, uint64_t permutations, Split split,
-                              uint64_t settings) {
+void encode_signatures(const uint32_t* signatures, uint64_t documents, uint64_t permutations, Split split,
+                       uint64_t settings, int threads, const Allocate& allocate) {
     if (documents > UINT32_MAX) throw std::length_error("a unit has less than 2^32 documents");
     if (split.bands == 0 || split.rows == 0 || split.bands > permutations / split.rows)
         throw std::invalid_argument("bands of these rows do not fit the permutations");
@@ -179,25 +181,27 @@ std::string encode_signatures(const uint32_t* signatures, uint64_t documents, ui
             signed_ones.push_back(static_cast<uint32_t>(i));
     }
     const Header header{1, split.bands, signed_ones.size(), documents, permutations, settings};
-    std::string out;
-    out.reserve(file_bytes(header));
-    append_header(out, header);
-    std::vector<Record<1>> records(signed_ones.size());
-    for (uint64_t band = 0; band < split.bands; ++band) {
+    char* const out = allocate(file_bytes(header));
+    put_header(out, header);
+    parallel_ranges(static_cast<int64_t>(split.bands), 1, threads, [&](int64_t first, int64_t) {
+        const auto band = static_cast<uint64_t>(first);
+        std::vector<Record<1>> records(signed_ones.size());
         for (uint64_t i = 0; i < signed_ones.size(); ++i) {
             const uint32_t* numbers = signatures + signed_ones[i] * permutations + band * split.rows;
             records[i] = {{hash_bytes(numbers, split.rows * 4, band)}, 0, signed_ones[i]};
         }
         sort_records(records, {0, ~uint64_t{0}});
-        append_section(out, records, BAND_SEED + band);
-    }
-    for (uint64_t i = 0; i < documents; ++i) {
-        const uint32_t* row = signatures + i * permutations;
-        const uint32_t checksum = row_checksum(row, permutations, i);
-        out.append(reinterpret_cast<const char*>(row), permutations * 4);
-        out.append(reinterpret_cast<const char*>(&checksum), 4);
-    }
-    return out;
+        put_section(out + HEADER_BYTES + band * section_bytes<1>(records.size()), records, BAND_SEED + band);
+    });
+    char* const rows = out + rows_at(header);
+    parallel_ranges(static_cast<int64_t>(documents), 4096, threads, [&](int64_t first, int64_t last) {
+        for (auto i = static_cast<uint64_t>(first); i < static_cast<uint64_t>(last); ++i) {
+            const uint32_t* row = signatures + i * permutations;
+            const uint32_t checksum = row_checksum(row, permutations, i);
+            std::memcpy(rows + i * (permutations + 1) * 4, row, permutations * 4);
+            std::memcpy(rows + (i + 1) * (permutations + 1) * 4 - 4, &checksum, 4);
+        }
+    });
 }
 
 std::vector<Duplicate> near_pairs(const std::vector<std::string>& paths, const Mask& mask, const PairOptions& options) {
@@ -244,16 +248,14 @@ std::vector<Duplicate> near_pairs(const std::vector<std::string>& paths, const M
     return pairs;
 }
 
-std::string encode_pairs(const std::vector<Duplicate>& pairs) {
+void encode_pairs(const std::vector<Duplicate>& pairs, const Allocate& allocate) {
     std::vector<Record<2>> records(pairs.size());
     for (uint64_t i = 0; i < pairs.size(); ++i)
         records[i] = {{pack(pairs[i].unit, pairs[i].document), pack(pairs[i].first_unit, pairs[i].first_document)}, 0, 0};
-    std::string out;
     const Header header{2, 1, pairs.size(), 0, 0, PAIRS_SEED};
-    out.reserve(file_bytes(header));
-    append_header(out, header);
-    append_section(out, records, PAIRS_SEED);
-    return out;
+    char* out = allocate(file_bytes(header));
+    put_header(out, header);
+    put_section(out + HEADER_BYTES, records, PAIRS_SEED);
 }
 
 std::vector<Duplicate> near_clusters(const std::vector<std::string>& paths, uint64_t units, uint64_t pairs_at_once) {

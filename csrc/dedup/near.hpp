@@ -16,8 +16,8 @@ struct Split {
 
 // The file of a unit: for each band the sorted keys of the documents, then the signatures [documents, permutations],
 // each with a checksum. Documents without a shingle are in no band. std::invalid_argument unless the bands fit.
-std::string encode_signatures(const uint32_t* signatures, uint64_t documents, uint64_t permutations, Split split,
-                              uint64_t settings);
+void encode_signatures(const uint32_t* signatures, uint64_t documents, uint64_t permutations, Split split,
+                       uint64_t settings, int threads, const Allocate& allocate);
 
 // Which documents of a unit take part: one byte each, or null for all of them. Valid until the next call.
 using Mask = std::function<const uint8_t*(uint64_t unit, uint64_t documents)>;
@@ -31,12 +31,12 @@ struct PairOptions {
 
 // Pairs of documents with a key of the band in common and enough equal numbers, the later one first, sorted. A pair that
 // agrees in an earlier band too is left to that. Of a key with more than 16 documents, those that resemble none of up to
-// 64 before them are remembered, and each is compared with these alone. Memory: 36 bytes a document of the range, and
-// rows for ROWS_AT_ONCE documents.
+// 64 before them are remembered, and each is compared with these alone. Memory: 64 bytes a document of the range at
+// most, and rows for ROWS_AT_ONCE documents.
 std::vector<Duplicate> near_pairs(const std::vector<std::string>& paths, const Mask& mask, const PairOptions& options);
 
 // A file of sorted pairs, for `near_clusters`.
-std::string encode_pairs(const std::vector<Duplicate>& pairs);
+void encode_pairs(const std::vector<Duplicate>& pairs, const Allocate& allocate);
 
 // The documents that go, sorted, each with the one that stays for it: in the order of the documents, one goes if it is a
 // pair with an earlier one that stays. Memory: the pairs of some units at a time, and 24 bytes for each that goes.

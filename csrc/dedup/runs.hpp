@@ -21,9 +21,12 @@ struct Record {
     std::array<uint64_t, W> key;
     uint32_t unit, document;
     bool operator<(const Record& other) const {
-        if (key != other.key) return key < other.key;
+        if (key[0] != other.key[0]) return key[0] < other.key[0];
+        if (W == 2 && key[W - 1] != other.key[W - 1]) return key[W - 1] < other.key[W - 1];
         return unit != other.unit ? unit < other.unit : document < other.document;
     }
+    // Not by std::array, which calls memcmp.
+    bool same_key(const Record& other) const { return key[0] == other.key[0] && key[W - 1] == other.key[W - 1]; }
 };
 
 // Both ends belong to it: the last one ends at the largest key.
@@ -55,26 +58,26 @@ uint64_t section_bytes(uint64_t records) {
     return records * record_bytes<W>() + blocks * 16 + 8;
 }
 
-// Appends a section; `seed` tells it from the file's other sections. Units are not written: they are a file's.
+// Writes a section of section_bytes<W>(sorted.size()) bytes; `seed` tells it from the file's other sections. Units are
+// not written: they are a file's.
 template <int W>
-void append_section(std::string& out, const std::vector<Record<W>>& sorted, uint64_t seed) {
+void put_section(char* out, const std::vector<Record<W>>& sorted, uint64_t seed) {
     std::vector<uint64_t> firsts;
-    char block[BLOCK_RECORDS * record_bytes<W>()];
+    firsts.reserve(sorted.size() / BLOCK_RECORDS + 2);
     for (uint64_t first = 0; first < sorted.size(); first += BLOCK_RECORDS) {
         const uint64_t count = std::min<uint64_t>(BLOCK_RECORDS, sorted.size() - first);
-        for (uint64_t i = 0; i < count; ++i) {
-            std::memcpy(block + i * record_bytes<W>(), sorted[first + i].key.data(), 8 * W);
-            std::memcpy(block + i * record_bytes<W>() + 8 * W, &sorted[first + i].document, 4);
-        }
         const uint64_t size = count * record_bytes<W>();
-        const uint64_t checksum = hash_bytes(block, size, mix(firsts.size(), seed));
-        out.append(block, size);
-        out.append(reinterpret_cast<const char*>(&checksum), 8);
+        for (uint64_t i = 0; i < count; ++i) {
+            std::memcpy(out + i * record_bytes<W>(), sorted[first + i].key.data(), 8 * W);
+            std::memcpy(out + i * record_bytes<W>() + 8 * W, &sorted[first + i].document, 4);
+        }
+        const uint64_t checksum = hash_bytes(out, size, mix(firsts.size(), seed));
+        std::memcpy(out + size, &checksum, 8);
+        out += size + 8;
         firsts.push_back(sorted[first].key[0]);
     }
-    const uint64_t checksum = hash_bytes(firsts.data(), firsts.size() * 8, ~seed);
-    out.append(reinterpret_cast<const char*>(firsts.data()), firsts.size() * 8);
-    out.append(reinterpret_cast<const char*>(&checksum), 8);
+    firsts.push_back(hash_bytes(firsts.data(), firsts.size() * 8, ~seed));
+    std::memcpy(out, firsts.data(), firsts.size() * 8);
 }
 
 // visit(record) for the section's records with range.first <= key[0] <= range.last, in order, `unit` filled in.

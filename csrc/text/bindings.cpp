@@ -56,7 +56,7 @@ py::tuple repeated(const py::object& text, const std::vector<int>& top, const st
 py::tuple hinted(const FunctionWords& words, const py::object& text) {
     const Source source = source_of(text);
     const Hints found = unlocked(source, [&](const Text& t) { return words.hints(t); });
-    return py::make_tuple(found.scripts, found.words, found.hits);
+    return py::make_tuple(found.scripts, found.words, found.hits, found.kinds);
 }
 
 int64_t add_item(Leaks& leaks, const py::object& text, int set) { return leaks.add(source_of(text).text, set); }

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "unicode.hpp"
@@ -12,11 +11,14 @@ namespace mainspring {
 
 // Judged on so many characters from the start.
 constexpr int64_t LANGUAGE_CHARACTERS = 1 << 16;
+// No function word counts more often than once in so many words: names are full of "de", HTML of "li".
+constexpr int64_t COUNTED_ONCE_IN = 32;
 
 struct Hints {
     std::vector<int64_t> scripts;  // [SCRIPTS] letters of each
     int64_t words = 0;             // runs of letters and their marks
-    std::vector<int64_t> hits;     // [languages] words that are function words of it
+    std::vector<int64_t> hits;     // [languages] words that are function words of it, each counted so often at most
+    std::vector<int64_t> kinds;    // [languages] different ones among them
 };
 
 class FunctionWords {
@@ -26,9 +28,13 @@ public:
     Hints hints(const Text& text) const;
 
 private:
+    struct Word {
+        uint64_t hash, languages;  // bit i for language i; 0 marks an empty slot
+    };
+
     size_t languages_;
     size_t longest_ = 0;
-    std::unordered_map<uint64_t, uint64_t> of_;  // hash of a word -> bit i for language i
+    std::vector<Word> words_;  // open addressing
 };
 
 }  // namespace mainspring

@@ -30,7 +30,7 @@ class CleaningConfig(Section):
     )
     boilerplate: bool = option(False, "remove lines of web furniture from prose: cookie banners, share and menu lines")
     licence_headers: bool = option(False, "remove the comment with licence or copyright at the top of code")
-    mojibake: bool = option(False, "mend text that was decoded as another encoding; needs ftfy: mainspring[clean]")
+    mojibake: bool = option(False, "mend text that was decoded as another encoding; needs ftfy: mainspring[data]")
 
 
 class PersonalDataConfig(Section):

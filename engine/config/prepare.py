@@ -38,7 +38,9 @@ class PrepareConfig(Section):
     text_field: str = option(
         "text", "field or column of a record that holds the document; meta.body for one inside another", min_length=1
     )
-    jsonl_kind: Literal["prose", "code"] = option("prose", "which cleaning rules the documents of records (JSON, tables) get")
+    jsonl_kind: Literal["prose", "code"] = option(
+        "prose", "which cleaning rules the documents of records (JSON, tables, collectors) get"
+    )
     max_bad_fraction: float = option(0.01, "unusable records, above which the run fails", "fraction", ge=0, le=1)
     max_line_mb: float = option(
         256, "a longer line or element of JSON goes to quarantine without being held", "MB", gt=0

@@ -222,7 +222,8 @@ class BlendPlan:
         begun = max(1, -(-position // self.seq_length))
         return {"seq_length": self.seq_length, "seed": self.seed,
                 "sources": [dataclasses.asdict(source) for source in self.sources],
-                "segments": [dataclasses.asdict(one) for one in self.index.segments if one.start < begun]}
+                "segments": [{"start": one.start, "sources": list(one.sources), "weights": list(one.weights),
+                              "given": list(one.given)} for one in self.index.segments if one.start < begun]}
 
     def given(self, position: int) -> list[Given]:
         """What each source gave of the first ``position`` tokens, exactly; also those that have left."""

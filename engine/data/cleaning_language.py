@@ -19,7 +19,7 @@ SCRIPTS = (
     "none", "latin", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "bengali", "tamil", "thai", "han", "kana",
     "hangul", "other",
 )  # fmt: skip
-MIN_LETTERS, MIN_WORDS = 50, 20
+MIN_LETTERS, MIN_WORDS, MIN_KINDS = 50, 20, 6
 # A character that is a syllable or a word weighs as much as the letters it stands for.
 _WEIGHT = {"han": 3, "kana": 2, "hangul": 2}
 
@@ -31,13 +31,14 @@ SCRIPT_OF = {language: script for script, table in FUNCTION_WORDS.items() for la
 class Guess:
     """What the letters and words of a text say; ``hits``: how many words are function words of each language.
 
-    ``letters`` as in an alphabet: a Chinese character counts as three.
+    ``kinds``: how many different ones. ``letters`` as in an alphabet: a Chinese character counts as three.
     """
 
     letters: int
     script: str
     words: int
     hits: dict[str, int]
+    kinds: dict[str, int]
 
     @property
     def function_words(self) -> int:
@@ -47,7 +48,8 @@ class Guess:
 
     def plainly_none_of(self, wanted: Collection[str]) -> bool:
         """True where most letters are of a script that none of them is written in, or another language of the same
-        script has a tenth of the words, and twice as many as any of them. Never on a short text."""
+        script has a tenth of the words, and twice as many as any of them. Never on a short text, nor for a few words
+        again and again: a list of names is full of "de", "van" and "la"."""
         if self.letters < MIN_LETTERS:
             return False
         same = [language for language in wanted if SCRIPT_OF[language] == self.script]
@@ -56,22 +58,25 @@ class Guess:
         if self.words < MIN_WORDS:
             return False
         best = max(self.hits[language] for language in same)
-        other = max((hits for language, hits in self.hits.items() if language not in same), default=0)
+        others = [name for name in self.hits if name not in same and self.kinds[name] >= MIN_KINDS]
+        other = max((self.hits[name] for name in others), default=0)
         return other >= 0.1 * self.words and other > 2 * best
 
 
 @cache
 def _function_words() -> FunctionWords:
-    return FunctionWords([
-        sorted({form for word in table[language].split() for form in (word, word.capitalize(), word.upper())})
-        for table in FUNCTION_WORDS.values()
-        for language in table
-    ])  # fmt: skip
+    return FunctionWords([_forms(words) for table in FUNCTION_WORDS.values() for words in table.values()])
+
+
+def _forms(words: str) -> list[str]:
+    # Without the Latin letters: "a", "i" and "s" are Czech words, and half of the names in C, HTML and mail addresses.
+    longer = [word for word in words.split() if len(word) > 1 or not word.isascii()]
+    return sorted({form for word in longer for form in (word, word.capitalize(), word.upper())})
 
 
 def guess(text: str) -> Guess:
     """The script of most letters, and the function words of its languages, in the first 65,536 characters."""
-    counts, words, hits = _function_words().hints(text)
+    counts, words, hits, kinds = _function_words().hints(text)
     letters = {name: count * _WEIGHT.get(name, 1) for name, count in zip(SCRIPTS, counts, strict=True)}
     total = sum(letters.values())
     # Japanese is kana among Chinese characters, and Chinese has none.
@@ -79,5 +84,7 @@ def guess(text: str) -> Guess:
         letters["kana"] += letters.pop("han")
     script = max(letters, key=lambda name: letters[name])
     languages = FUNCTION_WORDS.get(script, {})
-    found = {name: count for name, count in zip(LANGUAGES, hits, strict=True) if name in languages}
-    return Guess(total, script, words, found)
+    at = [number for number, name in enumerate(LANGUAGES) if name in languages]
+    return Guess(
+        total, script, words, {LANGUAGES[i]: hits[i] for i in at}, {LANGUAGES[i]: kinds[i] for i in at}
+    )  # fmt: skip

@@ -15,7 +15,7 @@ LONGEST = 200
 _EXACT = {
     "share": "share this|share this post|share this article|share this page|share this story|share on facebook|"
              "share on twitter|share on x|share on linkedin|share on whatsapp|share on pinterest|share via email|tweet|"
-             "tweet this|pin it|email this|email this page|print this page|print this article|like this:|share this:|"
+             "tweet this|pin it|email this|email this page|print this page|print this article|share this:|"
              "facebook twitter|facebook twitter linkedin|facebook twitter linkedin email|copy link|send to a friend",
     "navigation": "skip to content|skip to main content|skip to navigation|skip navigation|jump to navigation|"
                   "jump to content|jump to search|back to top|back to the top|return to top|scroll to top|main menu|"
@@ -28,15 +28,13 @@ _EXACT = {
                "forgot password|forgot password?|forgot your password?|subscribe|subscribe now|add to cart|view cart|"
                "subscribe to our newsletter|sign up for our newsletter|enter your email address|your email address|"
                "leave a comment|leave a reply|post a comment|log in to reply|required fields are marked|"
-               "you must be logged in to post a comment|your email address will not be published|"
-               "your email address will not be published. required fields are marked",
+               "you must be logged in to post a comment",
     "notice": "all rights reserved|privacy policy|terms of use|terms of service|terms and conditions|cookie policy|"
               "cookie settings|cookie preferences|manage cookies|accept all|accept cookies|accept all cookies|"
               "reject all|contact us|about us|powered by wordpress|proudly powered by wordpress",
 }  # fmt: skip
 _EDGES = " \t\u00a0|\u00bb\u00ab\u203a\u2039>\u2192\u2190\u2191\u25b2\u25bc()[]\u2026"
-_SENTENCES = frozenset(["all rights reserved", "you must be logged in to post a comment", "required fields are marked",
-                        "your email address will not be published"])  # fmt: skip
+_SENTENCES = frozenset(["all rights reserved", "you must be logged in to post a comment", "required fields are marked"])
 
 
 def _spellings() -> dict[str, str]:
@@ -61,6 +59,7 @@ _PATTERNS = {
     "javascript": ("notice", re.compile(
         r"(?:please )?(?:enable|turn on|activate) javascript\b.*|javascript (?:is|must be) (?:disabled|enabled)\b.*|"
         r"(?:this (?:site|page|website|feature)|you need to enable|your browser)\b.*\bjavascript\b.*")),
+    "will not be published": ("account", re.compile(r"your e-?mail address will not be published\b.*")),
     "\u00a9": ("notice", re.compile(r"(?:copyright )?\u00a9 ?(?:copyright )?\d{4}.{0,80}")),
     "all rights reserved": ("notice", re.compile(r"(?:copyright\b|\u00a9|\(c\)).*\ball rights reserved\b.{0,40}")),
 }  # fmt: skip
@@ -113,7 +112,7 @@ def _is_menu(line: str) -> bool:
 
 _KEPT_HEAD = re.compile(r"#!|#.*coding[:=]|<\?")  # a shebang, an encoding, an opening <?php or <?xml
 _LINE_COMMENT = re.compile(
-    r"[ \t]*(?:#(?![ \t]*(?:include|define|if|ifn?def|pragma|undef|import|error)\b)|//|--|;|%|!|\")"
+    r"[ \t]*(?:#(?![ \t]*(?:include|define|if|ifn?def|pragma|undef|import|error)\b)|//|--|;|%|!)"
 )
 _LICENCE = re.compile(r"copyright|licen[cs]e|spdx-|all rights reserved|\(c\) ?\d{4}", re.IGNORECASE)
 

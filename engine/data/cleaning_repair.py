@@ -59,7 +59,7 @@ def mojibake_fixer() -> Callable[[str], str]:
     except ImportError:
         raise UserError(
             "needs the ftfy package", where="cleaning.mojibake",
-            fix='Install it (pip install "mainspring[clean]"), or leave mojibake out.',
+            fix='Install it (pip install "mainspring[data]"), or leave mojibake out.',
         ) from None  # fmt: skip
 
     def fix(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from engine.data.indexed import IndexedDataset, Pair
+from engine.data.indexed import IndexedDataset, Pair, prefixes_of
 from engine.data.indexed_writer import IndexedDatasetWriter, PairFiles, parts
 from engine.errors import UserError
 
@@ -33,26 +33,54 @@ def concatenate(
         if vocab_size is None:
             raise ValueError("nothing to concatenate")
         return IndexedDatasetWriter(prefix, vocab_size).close()
-    found = [pair for shard in shards for pair in IndexedDataset(shard).pairs]
-    for pair in found[1:]:
-        if pair.code != found[0].code:
-            raise UserError(f"has tokens of type {pair.dtype.name}, {found[0].bin_path} has {found[0].dtype.name}",
-                            where=str(pair.bin_path), fix="Join only data of one tokenizer")
+    first = Pair(prefixes_of(Path(shards[0]))[0])
+    pairs = _Pairs([each for shard in shards for each in prefixes_of(Path(shard))])
     files = PairFiles(prefix)
     try:
         with files.disk_errors():
             files.bin.flush()
-            for pair in found:
-                with open(pair.bin_path, "rb") as source:
-                    copy(source, files.bin, pair.num_tokens * pair.dtype.itemsize)
-        documents = sum(len(pair.document_indices) - 1 for pair in found)
-        files.publish([pair.sizes for pair in found], found[0].code, (documents, _ends(found)))
+            for shard in shards:
+                for pair in IndexedDataset(shard).pairs:
+                    if pair.code != first.code:
+                        raise UserError(
+                            f"has tokens of type {pair.dtype.name}, {first.bin_path} has {first.dtype.name}",
+                            where=str(pair.bin_path), fix="Join only data of one tokenizer")  # fmt: skip
+                    with open(pair.bin_path, "rb") as source:
+                        copy(source, files.bin, pair.num_tokens * pair.dtype.itemsize)
+        documents = sum(len(pair.document_indices) - 1 for pair in pairs)
+        files.publish(_Sizes(pairs), first.code, (documents, _ends(pairs)))
     except BaseException:
         files.abort()
         raise
 
 
-def _ends(pairs: Sequence[Pair]) -> Iterator[np.ndarray]:
+class _Pairs(Sequence[Pair]):
+    """Opened one at a time: of all at once the maps alone would be as large as the data."""
+
+    def __init__(self, prefixes: list[Path]):
+        self._prefixes = prefixes
+
+    def __len__(self) -> int:
+        return len(self._prefixes)
+
+    def __getitem__(self, number):
+        return Pair(self._prefixes[number])
+
+
+class _Sizes(Sequence[np.ndarray]):
+    """Tokens of each sequence, pair by pair."""
+
+    def __init__(self, pairs: _Pairs):
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, number):
+        return self._pairs[number].sizes
+
+
+def _ends(pairs: _Pairs) -> Iterator[np.ndarray]:
     """How many sequences there are at the end of each document of the pairs, counted through."""
     before = 0
     for pair in pairs:

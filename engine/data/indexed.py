@@ -22,7 +22,7 @@ from engine.data.indexed_writer import DTYPES, IndexedDatasetWriter, dtype_code
 from engine.data.verified import Verified, now_ns
 from engine.errors import UserError
 
-__all__ = ["DTYPES", "IndexedDataset", "IndexedDatasetWriter", "Pair", "dtype_code", "reading", "shard_name"]
+__all__ = ["DTYPES", "IndexedDataset", "IndexedDatasetWriter", "Pair", "dtype_code", "prefixes_of", "reading", "shard_name"]
 _REBUILD = "Prepare the data again (`mainspring prepare`) or copy the file anew"
 _SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.(bin|idx)$")
 
@@ -84,7 +84,7 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | os.PathLike[str], *, remember: Path | None = None):
         self.prefix = Path(prefix)
-        prefixes = _prefixes(self.prefix)
+        prefixes = prefixes_of(self.prefix)
         self.sharded = prefixes != [self.prefix]
         self.pairs = [Pair(each) for each in prefixes]
         for pair in self.pairs[1:]:
@@ -199,7 +199,7 @@ def _sha256(map: _index.Map) -> str:
     return hashlib.sha256(map).hexdigest()
 
 
-def _prefixes(prefix: Path) -> list[Path]:
+def prefixes_of(prefix: Path) -> list[Path]:
     """The pairs' prefixes: the one itself, or its shards in order."""
     shards: dict[str, set[int]] = {}
     if prefix.parent.is_dir():

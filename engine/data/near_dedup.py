@@ -49,13 +49,13 @@ class Signer:
         return self._minhash.sign_packed(utf8, np.ascontiguousarray(lengths_n, np.uint64), threads)
 
 
-def write_signatures(path: Path, signatures: np.ndarray, config: NearDedupConfig) -> None:
+def write_signatures(path: Path, signatures: np.ndarray, config: NearDedupConfig, threads: int = 1) -> None:
     """Write what `Signer` made of one unit, with sorted band keys and checksums.
 
     4 * permutations + 12 * bands bytes a document, about. Raises OSError.
     """
     bands, rows = config.split
-    path.write_bytes(_dedup.signature_bytes(signatures, bands, rows, _settings(config)))
+    path.write_bytes(_dedup.signature_bytes(signatures, bands, rows, _settings(config), threads))
 
 
 def near_parts(files: Sequence[Path], config: NearDedupConfig, memory_mb: float = 256) -> int:
@@ -87,7 +87,7 @@ def write_pairs(
     bands, rows = config.split
     if not 0 <= band < bands:
         raise ValueError(f"band {band} of {bands}")
-    # The share of equal numbers is the estimate; half a number's leeway for what a fraction does in binary.
+    # The share of equal numbers is the estimate; a little leeway, for what a fraction is in binary.
     matches = max(1, math.ceil(config.threshold * config.permutations - 1e-6))
     names = [str(file) for file in files]
     path.write_bytes(from_files(_dedup.pairs, names, keep, band, part, parts, matches, rows, _settings(config)))

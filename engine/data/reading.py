@@ -26,7 +26,8 @@ from engine.data.sources import SourceFile, show
 from engine.data.units import Slice, Unit, plan_units
 from engine.errors import UserError
 
-__all__ = ["Document", "Quarantine", "Reader", "Refused", "Slice", "Unit", "check_bad_fraction", "place_of", "plan_units"]
+__all__ = ["Document", "Quarantine", "Reader", "Refused", "Slice", "Unit", "check_bad_fraction", "place_of",
+           "plan_units"]  # fmt: skip
 
 # UTF-16 text and most binary formats that happen to decode are far above, a text with a few stray NULs below.
 _MAX_NUL_SHARE = 0.1
@@ -71,7 +72,7 @@ class Reader:
         self.lines = 0
         self._size = 0
         self._raw: Counted | None = None
-        self._limit = int(config.max_line_mb * 1e6)
+        self._limit = int(min(config.max_line_mb, 1e9) * 1e6)
 
     def read(self, piece: Slice | SourceFile) -> Iterator[Document]:
         """The documents, in order. UserError where the user named this very file and it is not what it should be."""
@@ -132,7 +133,7 @@ class Reader:
         limit = 4 * self.config.max_characters
         stream = stream_of(raw, packing_of(file.path))
         content = stream.read_full(limit)
-        truncated = len(content) == limit and bool(stream.read(1))
+        truncated = bool(stream.read(1))  # or Refused: half of a compressed text is none
         text = decode_utf8(content, final=not truncated)
         if content.count(0) > _MAX_NUL_SHARE * len(content):
             raise Refused("not_text", "not a text file (NUL bytes)", _CONVERT)
@@ -237,7 +238,7 @@ def _text_of(record: object, name: str, kind: str) -> str:
     if isinstance(record, Refused):
         raise record
     if not isinstance(record, dict):
-        raise Refused("not_an_object", f"{kind_name(record)}, neither text nor an object with fields")
+        raise Refused("not_an_object", f"neither text nor a dict with fields ({type(record).__name__})")
     value = _value(record, name)
     if value is _MISSING:
         detail = f"no field {name!r} (fields: {_some(record)})"

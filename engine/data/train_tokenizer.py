@@ -41,7 +41,8 @@ def train(config: TrainTokenizerConfig, *, log: Log = silent, progress: Log = si
     with as_user_error(config.output):
         _check_place(config)
         staging.recover(config.output)
-        started, reading = time.perf_counter(), PrepareConfig(**{name: getattr(config, name) for name in _READING})
+        started = time.perf_counter()
+        reading = PrepareConfig(**{name: getattr(config, name) for name in _READING})
         listing = list_files(reading)
         with staging.staged(config.output) as folder:
             with open(folder / "quarantine.jsonl", "w", encoding="utf-8") as stream:
@@ -60,32 +61,33 @@ def train(config: TrainTokenizerConfig, *, log: Log = silent, progress: Log = si
 
 
 class _Sample:
-    """Distinct documents of smallest key, at most ``budget`` bytes of them but at least one; in the order they came."""
+    """Distinct documents in the order of their keys, as many as ``budget`` bytes hold and at least one."""
 
     def __init__(self, budget: int, seed: int):
         self.budget, self.seed = budget, seed
         self.seen, self.size = 0, 0
         self._held: list[tuple[int, int, bytes]] = []  # (minus key, number, text): the largest key on top
         self._keys: set[int] = set()
+        self._limit = 2**64  # the smallest key that found no room; none above it may, or the order would matter
 
     @property
     def documents(self) -> int:
         return len(self._held)
 
     def add(self, text: str) -> None:
-        """Takes the document, or does not."""
+        """Takes the document, or does not; may give up others for it."""
         raw = text.encode()
         key = split_key(content_digest(raw), self.seed)
         self.seen += 1
-        full = self.size + len(raw) > self.budget and self._held
-        if key in self._keys or (full and key > -self._held[0][0]):
+        if key in self._keys or key >= self._limit:
             return
         heapq.heappush(self._held, (-key, self.seen, raw))
         self._keys.add(key)
         self.size += len(raw)
         while self.size > self.budget and len(self._held) > 1:
             left_out, _, gone = heapq.heappop(self._held)
-            self._keys.remove(-left_out)
+            self._limit = -left_out
+            self._keys.remove(self._limit)
             self.size -= len(gone)
 
     def texts(self) -> Iterator[str]:

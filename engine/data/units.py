@@ -20,7 +20,7 @@ from engine.data.sources import Listing, SourceFile, show
 
 # Opening a file costs as much as reading about this much: a unit does not hold a million of them.
 _FILE_COST = 4096  # bytes
-# Text is about this many times as long as a compressed file of it.
+# Text is about this many times as long as a compressed or Parquet file of it.
 _EXPANSION = 4
 _CHUNK = 1 << 20
 
@@ -103,10 +103,10 @@ def _cut(file: SourceFile, limit: int) -> Iterator[tuple[Slice, int]]:
     if file.kind == "jsonl" and not packed and size > limit:
         borders = _line_borders(file, size, limit)
         yield from ((Slice(file, a, b), b - a + _FILE_COST) for a, b in pairwise(borders))
-    elif file.kind in ("parquet", "arrow") and not packed:
+    elif file.kind in ("parquet", "arrow") and not packed and size * _EXPANSION > limit:
         yield from _cut_rows(file, tables.row_groups(file.path, file.kind), limit)
     else:
-        yield Slice(file), size * (_EXPANSION if packed else 1) + _FILE_COST
+        yield Slice(file), size * (_EXPANSION if packed or file.kind == "parquet" else 1) + _FILE_COST
 
 
 def _line_borders(file: SourceFile, size: int, limit: int) -> list[int]:

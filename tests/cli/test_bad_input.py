@@ -28,6 +28,7 @@ from engine.config.export import ExportConfig, ImportConfig
 from engine.config.inference import EvaluateConfig, GenerateConfig, ReportConfig
 from engine.config.pipeline import PipelineConfig
 from engine.config.prepare import PrepareConfig
+from engine.config.tokenizer import TrainTokenizerConfig
 from engine.config.verify import VerifyConfig
 from engine.runtime import command
 
@@ -242,12 +243,14 @@ def test_a_bug_keeps_its_traceback():
 
 
 MODELS = dict.fromkeys(STAGES, Config) | {
-    "prepare": PrepareConfig, "code-tasks": CodeTasksConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig,
+    "prepare": PrepareConfig, "code-tasks": CodeTasksConfig, "train-tokenizer": TrainTokenizerConfig,
+    "evaluate": EvaluateConfig, "generate": GenerateConfig,
     "report": ReportConfig, "verify-layout": VerifyConfig, "answer": AnswerConfig, "pipeline": PipelineConfig,
     "import": ImportConfig, "export": ExportConfig}
 REQUIRED = {stage: ["--init_from", "r"] for stage in STAGES} | {
             "import": ["--from", "d", "--output", "o"], "export": ["--checkpoint", "c", "--output", "o"],
             "prepare": ["--input", "a", "--input", "b", "--output", "o"],
+            "train-tokenizer": ["--input", "a", "--output", "o"],
             "code-tasks": ["--input", "a", "--output", "o"], "pretrain": ["--seed=7", "data.path=d"],
             "evaluate": ["--checkpoint", "c"], "generate": ["--checkpoint", "c"], "report": ["--run", "r"],
             "verify-layout": ["--shrink", "--max_steps", "9"],

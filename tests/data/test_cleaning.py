@@ -203,7 +203,7 @@ def test_gopher_rules(rule, dropped, kept):
     [
         ("fineweb_line_ends", "\n".join(line[:-1].replace(";", "").replace(",", "") for line in SENTENCES)),
         ("fineweb_short_lines", GOOD + "".join(f"\n{word.title()} was there." for word in NUMBERS[::11])),
-        ("fineweb_lines", GOOD + "\n" + SENTENCES[4]),
+        ("fineweb_lines", GOOD.replace("\n", "\nAntidisestablishmentarianism!\n", 3)),
     ],
 )
 def test_fineweb_rules(rule, dropped):

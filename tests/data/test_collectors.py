@@ -12,6 +12,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from readings import config, read
 
+from engine.data import collectors
+from engine.data.indexed import IndexedDataset
 from engine.data.prepare import prepare
 from engine.data.sources import list_files
 from engine.data.tokenizer import load_tokenizer
@@ -67,8 +69,10 @@ def source(name, path=EXAMPLE) -> Path:
     return Path(f"python:{path}:{name}")
 
 
-def of(tmp_path, name, **settings):
-    return config(source(name), **{"output": tmp_path / "out"} | settings)
+def of(tmp_path, given, **settings):
+    """The configuration for a class of the example, or for an input as it is given."""
+    given = source(given) if isinstance(given, str) else given
+    return config(given, **{"output": tmp_path / "out"} | settings)
 
 
 def test_the_example_collects_all_pages_and_prepares_them(tmp_path, server):
@@ -76,8 +80,6 @@ def test_the_example_collects_all_pages_and_prepares_them(tmp_path, server):
     manifest = prepare(cfg)
     assert manifest["documents"]["read"] == PER_PAGE * PAGES == manifest["documents"]["kept"]
     assert [asked["page"] for asked in server.asked] == ["1", "2", "3"]
-    from engine.data.indexed import IndexedDataset
-
     tokenizer = load_tokenizer(tmp_path / "out")
     texts = [tokenizer.decode(list(ids)[:-1]) for ids in IndexedDataset(tmp_path / "out" / "train")]
     assert texts == [text_of("", number) for number in range(PER_PAGE * PAGES)]
@@ -163,25 +165,24 @@ def module(tmp_path, monkeypatch):
 
 def test_items_of_every_kind(tmp_path, module):
     path = list(sys.path)
-    documents, quarantine, reader = read(of(tmp_path, "Some", input=[source("Some", module)]))
+    documents, quarantine, reader = read(of(tmp_path, source("Some", module)))
     assert documents == [("Some:1", "a text"), ("Some:2", "of a field"), ("Some:5", "the last")]
     assert [(item["file"], item["line"], item["reason"]) for item in quarantine] == [
         ("Some", 3, "not_an_object"), ("Some", 4, "no_text_field")]  # fmt: skip
-    assert quarantine[0]["detail"] == "a number, neither text nor an object with fields"
-    with pytest.raises(UserError, match="2 of 5 records are unusable.*the first is Some:3: a number"):
+    assert quarantine[0]["detail"] == "neither text nor a dict with fields (int)"
+    with pytest.raises(UserError, match=r"2 of 5 records are unusable.*the first is Some:3: neither text"):
         reader.check_bad_fraction()
     assert sys.path == path
 
 
 def test_the_identity_follows_the_file_and_the_version(tmp_path, module):
-    first = read(of(tmp_path, "", input=[source("Some", tmp_path / f"{module}.py")]))[2].sha256
+    first = read(of(tmp_path, source("Some", tmp_path / f"{module}.py")))[2].sha256
     changed = tmp_path / "changed.py"
     changed.write_text(MODULE + "\n# another comment\n")
-    assert read(of(tmp_path, "", input=[source("Some", changed)]))[2].sha256 != first
+    assert read(of(tmp_path, source("Some", changed)))[2].sha256 != first
     versions = set()
     for version in ("1", "2", "2"):
-        changed.write_text(MODULE)
-        collector = __import__("engine.data.collectors", fromlist=["load"]).load(source("Some", changed))
+        collector = collectors.load(source("Some", changed))
         collector.version = version
         versions.add(collector.identity())
     assert len(versions) == 2
@@ -200,10 +201,10 @@ def test_the_identity_follows_the_file_and_the_version(tmp_path, module):
 ])  # fmt: skip
 def test_what_is_no_collector(tmp_path, module, given, message):
     with pytest.raises(UserError, match=message) as error:
-        read(of(tmp_path, "", input=[Path(given.format(module=module))]))
+        read(of(tmp_path, Path(given.format(module=module))))
     assert "\n" not in str(error.value)
 
 
 def test_a_fault_of_the_users_class_is_shown_as_one(tmp_path, module):
     with pytest.raises(ZeroDivisionError):
-        read(of(tmp_path, "", input=[source("Broken", module)]))
+        read(of(tmp_path, source("Broken", module)))

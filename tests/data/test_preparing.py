@@ -248,6 +248,62 @@ def test_begin_plans_for_an_executor_elsewhere(corpus):
     assert digests(corpus.parent / "out") == digests(corpus.parent / "plain")
 
 
+def test_near_duplicates_go_whatever_the_units(corpus):
+    text = [word for number in range(40) for word in sentence(500 + number).split()]
+    for number in range(6):  # four words of 1,200 differ
+        changed = [f"x{at}{number}" if at in (100 * number, 7, 300, 900) else word for at, word in enumerate(text)]
+        (corpus / f"u{number}.txt").write_text(" ".join(changed))
+    (corpus / "u9.txt").write_text(" ".join(text[::-1]))
+    many = prepare(config(corpus, "many", near_dedup={}, workers=2))
+    one = prepare(config(corpus, "one", near_dedup={}, unit_mb=64))
+    assert many["near_dedup"] == one["near_dedup"] == {
+        "duplicates": 5,
+        "samples": [{"dropped": f"{corpus}/u{n}.txt", "same_as": f"{corpus}/u0.txt"} for n in range(1, 6)],
+    }  # fmt: skip
+    assert many["documents"] == {"read": 94, "dropped": 0, "duplicates": 9, "near_duplicates": 5, "kept": 80}
+    for split in manifests.SPLITS:
+        assert texts_of(corpus.parent / "one", split) == texts_of(corpus.parent / "many", split)
+    assert "near_dedup" not in prepare(config(corpus))
+
+
+MEASURE = """
+import json, resource, sys
+from pathlib import Path
+from engine.config.prepare import PrepareConfig
+from engine.data.prepare import prepare
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmPeak:")[1].split()[0]) * 1024
+
+def run(name):
+    folder = Path(sys.argv[1])
+    return prepare(PrepareConfig(input=[folder / f"{name}.jsonl"], output=folder / name, unit_mb=1, workers=1,
+                                 vocab_size=300, tokenizer_sample_mb=0.1, near_dedup={}))
+
+run("small")
+limit = peak() + 12_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+print(json.dumps(run("large")["documents"]))
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """A corpus of five times the memory that the process may take beyond what one of 2 MB needs."""
+    body = " ".join(sentence(number).strip() for number in range(10))
+    for name, count in (("small", 1000), ("large", 36_000)):
+        with open(tmp_path / f"{name}.jsonl", "w") as lines:
+            for number in range(count):
+                words = " ".join(str(number * step) for step in range(3, 30))
+                lines.write(json.dumps({"text": f"{words} {body[number % 100:]}"}) + "\n")
+    assert (tmp_path / "large.jsonl").stat().st_size > 60_000_000
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": paths}, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["kept"] > 25_000
+
+
 COLLECTOR = '''
 import os, signal, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""JSON, CSV and TSV, Parquet, Arrow and saved datasets as documents: each with its row, nothing lost, nothing silent."""
+"""JSON, CSV and TSV, Parquet, Arrow and saved datasets as documents: each with its row, and nothing lost silently."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from engine.data.units import plan_units
 from engine.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
-import pyarrow.feather  # noqa: E402
-import pyarrow.ipc  # noqa: E402
-import pyarrow.parquet  # noqa: E402
+for part in ("feather", "ipc", "parquet"):
+    pytest.importorskip(f"pyarrow.{part}")
 
 TEXTS = [f"document {number} é天" for number in range(1000)]
 

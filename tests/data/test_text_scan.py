@@ -135,20 +135,21 @@ def test_threads_do_not_meet():
 @given(st.lists(st.sampled_from(["der", "Der", "the", "\u0434\u0430", "derr", "l'homme", "\u4e2d"]), max_size=20))
 def test_function_words(words):
     text = " ".join(words)
-    scripts, total, hits = FunctionWords([["der", "Der", "\u0434\u0430"], ["the", "l"]]).hints(text)
+    scripts, total, hits, kinds = FunctionWords([["der", "Der", "\u0434\u0430"], ["the", "l"]]).hints(text)
     found = reference.words_of(text)
     assert total == len(found)
     assert hits == [
         sum(word in ("der", "Der", "\u0434\u0430") for word in found),
         sum(w in ("the", "l") for w in found),
     ]
+    assert kinds == [len({"der", "Der", "\u0434\u0430"} & {*found}), len({"the", "l"} & {*found})]
     assert (scripts[2], scripts[10]) == (text.count("\u0434") + text.count("\u0430"), text.count("\u4e2d"))
     assert sum(scripts) == scan(text).letters
 
 
 def test_hints_are_of_the_beginning():
-    scripts, words, hits = FunctionWords([["x"]]).hints("x " * 40_000)
-    assert (scripts[1], words, hits) == (32_768, 32_768, [32_768])
+    scripts, words, hits, kinds = FunctionWords([["x"]]).hints("x " * 40_000)
+    assert (scripts[1], words, hits, kinds) == (32_768, 32_768, [32_768], [1])
     with pytest.raises(ValueError, match="64"):
         FunctionWords([["a"]] * 65)
 

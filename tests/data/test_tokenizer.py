@@ -26,6 +26,8 @@ TEXTS = [
 ] * 4
 BPE = train_tokenizer(TEXTS, 320)
 UNIGRAM = train_tokenizer(TEXTS, 320, "unigram")
+SP_BPE = train_tokenizer(TEXTS, 330, form="sentencepiece", specials=24)
+SP_UNIGRAM = train_tokenizer(TEXTS, 330, "unigram", form="sentencepiece", specials=24)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +42,17 @@ def sentencepiece_file(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("tokenizer", [BPE, UNIGRAM], ids=["bpe", "unigram"])
-@given(text=st.text())
+# U+2581 is SentencePiece's space, U+2585 its end of a word.
+ODD = st.sampled_from(["\u2581", "\u2585", " ", "  ", "\t", "\n", "\r\n", "\0", "<0x41>", "<unk>", "<|mask|>", "\ufeff", "def"])
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, UNIGRAM, SP_BPE, SP_UNIGRAM], ids=["bpe", "unigram", "sp-bpe", "sp-unigram"])
+@given(text=st.lists(st.one_of(st.text(), ODD)).map("".join))
 def test_round_trip_is_exact_for_any_text(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert all(tokenizer.vocab_size > token >= 16 for token in ids)
+    assert [found.tolist() for found in tokenizer.encode_packed([text, "", text], 2)] == [ids + ids, [len(ids), 0, len(ids)]]
 
 
 def test_layout_of_a_trained_vocabulary():
@@ -53,6 +60,13 @@ def test_layout_of_a_trained_vocabulary():
     assert [BPE.token_id(token) for token in special_tokens(16)] == list(range(16))
     assert special_tokens(6) == [
         "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|reserved_0|>", "<|reserved_1|>",
+    ]  # fmt: skip
+    # What was prepared with 16 keeps its meaning; more are added behind them.
+    assert special_tokens(16)[4:] == [f"<|reserved_{number}|>" for number in range(12)]
+    assert special_tokens(26)[:16] == special_tokens(16)
+    assert special_tokens(26)[16:] == [
+        "<|mask|>", "<|ignore|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>", "<|startoftext|>",
+        "<|reserved_12|>", "<|reserved_13|>",
     ]  # fmt: skip
     assert BPE.token_id("no such token") is None
     # Nothing was learned from nothing: bytes follow the specials, in the order of their characters.
@@ -62,6 +76,26 @@ def test_layout_of_a_trained_vocabulary():
     assert bare.decode(range(4, 260)) == bytes(
         b for _, b in sorted((char, byte) for byte, char in byte_alphabet().items())
     ).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("tokenizer", [SP_BPE, SP_UNIGRAM], ids=["bpe", "unigram"])
+def test_layout_of_a_trained_sentencepiece_model(tokenizer, tmp_path):
+    assert [tokenizer.token_id(token) for token in special_tokens(24)] == list(range(24))
+    assert (tokenizer.eod_id, tokenizer.eod_token, tokenizer.token_id("<unk>")) == (0, "<|endoftext|>", 24)
+    assert [tokenizer.token_id(f"<0x{byte:02X}>") for byte in range(256)] == list(range(25, 281))
+    assert 281 < tokenizer.vocab_size <= 330
+    # An unknown character is its bytes, a line's end too; what was learned is used.
+    assert tokenizer.encode("\u5b57\n") == [25 + byte for byte in "\u5b57\n".encode()]
+    assert len(tokenizer.encode("return a + b")) < 12
+    assert tokenizer.encode("a\u2581b") == [*tokenizer.encode("a"), *(25 + b for b in "\u2581".encode()), *tokenizer.encode("b")]
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert (again.sha256, again.encode(TEXTS[0])) == (tokenizer.sha256, tokenizer.encode(TEXTS[0]))
+    assert tokenizer.encode("<|im_start|>")[0] >= 24
+    for few in (1, 2):
+        small = train_tokenizer(TEXTS, 300, specials=few, form="sentencepiece")
+        assert [small.token_id(token) for token in special_tokens(few)] == list(range(few))
+        assert small.token_id("<unk>") == few
 
 
 def byte_alphabet() -> dict[int, str]:
@@ -99,11 +133,12 @@ def test_training_gives_the_same_bytes_in_another_process():
         "import sys; sys.path[:0] = sys.argv[1:]\n"
         "from engine.data.tokenizer import train_tokenizer\n"
         f"texts = {TEXTS!r}\n"
-        "print([train_tokenizer(texts, 320, kind).sha256 for kind in ('bpe', 'unigram')])"
+        "print([train_tokenizer(texts, 320, kind).sha256 for kind in ('bpe', 'unigram')] +\n"
+        "      [train_tokenizer(texts, 330, kind, specials=24, form='sentencepiece').sha256 for kind in ('bpe', 'unigram')])"
     )
     paths = [path for path in sys.path if path]
     found = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True).stdout
-    assert found.strip() == str([BPE.sha256, UNIGRAM.sha256])
+    assert found.strip() == str([made.sha256 for made in (BPE, UNIGRAM, SP_BPE, SP_UNIGRAM)])
 
 
 def test_identity_is_content_not_place(tmp_path):
@@ -233,6 +268,10 @@ def test_training_refusals():
     with pytest.raises(UserError, match=r"vocab_size: 271 is too small for 256 bytes and 16 special tokens\. .*272"):
         train_tokenizer(TEXTS, 271)
     assert train_tokenizer(TEXTS, 272).vocab_size == 272
+    with pytest.raises(UserError, match=r"277 is too small for 256 bytes and <unk> and 21 special tokens\..*278"):
+        train_tokenizer(TEXTS, 277, specials=21, form="sentencepiece")
+    with pytest.raises(UserError, match=r"vocab_size: 280 cannot be trained .*smaller than required_chars.*Raise it"):
+        train_tokenizer(TEXTS, 280, specials=21, form="sentencepiece")
     # A word that the trainer could learn would end a document wherever it is written.
     with pytest.raises(UserError, match="eod_token: 'EOD' is an ordinary word"):
         train_tokenizer(TEXTS, 300, eod_token="EOD")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -149,7 +150,7 @@ def test_quarantines_of_units_add_up_to_one_of_all(items, cuts, most):
     numbered = list(enumerate(items))
     borders = [0, *sorted(min(cut, len(items)) for cut in cuts), len(items)]
     parts = []
-    for a, b in zip(borders, borders[1:], strict=False):
+    for a, b in pairwise(borders):
         one = Quarantine(io.StringIO(), most)
         for number, (reason, line) in numbered[a:b]:
             one.add(f"file {number}", line, reason, "detail")

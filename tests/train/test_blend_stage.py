@@ -47,7 +47,7 @@ def test_the_ledger_of_a_resumed_run_is_that_of_one_that_never_stopped(both, tmp
     half = found(tmp_path / "parts")[0]
     pretrain.run(blend_config(both, tmp_path / "parts", train__max_steps=5))
     book, rows = found(tmp_path / "whole")
-    assert found(tmp_path / "parts") [0] == book
+    assert found(tmp_path / "parts")[0] == book
     assert (half["step"], half["tokens"], book["step"], book["tokens"]) == (2, 128, 5, 320)
     assert [one["tokens"] for one in book["sources"]] == [15 * 16, 5 * 16]
     assert [one["source"] for one in book["sources"]] == [str(path) for path in both]
@@ -77,8 +77,8 @@ def test_a_cap_that_ends_the_data_is_told_before_the_model_is_built(both, tmp_pa
     monkeypatch.setattr(build, "model", lambda *_: pytest.fail("a model was built"))
     cfg = blend_config(both, tmp_path, train__max_steps=1000)
     entries = [{"path": path, "max_epochs": 1} for path in both]
-    with pytest.raises(UserError, match=r"^data\.blend: its sources are used up \(max_epochs\) after [0-9,]+ tokens, but "
-                       r"1000 steps"):
+    with pytest.raises(UserError, match=r"^data\.blend: its sources are used up \(max_epochs\) after [0-9,]+ tokens, "
+                       r"but 1000 steps"):
         pretrain.run(cfg.with_values({"data.blend": entries}))
 
 
@@ -87,8 +87,8 @@ def test_a_checkpoint_of_another_order_is_refused(corpus, tmp_path, monkeypatch)
     with monkeypatch.context() as before:
         before.setattr(loader, "TOKENS", "tokens-1")
         pretrain.run(cfg)
-    with pytest.raises(UserError, match=r"iter_0000001: was trained in another order of samples \(tokens-1; this version's "
-                       r"is tokens-2\)\. Resume with the version that wrote it, or start a new stage from its weights"):
+    with pytest.raises(UserError, match=r"iter_0000001: was trained in another order of samples \(tokens-1; this "
+                       r"version's is tokens-2\)\. Resume with the version that wrote it, or start a new stage"):
         pretrain.run(cfg.with_values({"train.max_steps": 2}))
 
 

@@ -44,7 +44,7 @@ def json_rows(stream: Stream, limit: int, is_row: Callable[[dict], bool] | None 
             yield last - 1 + more, row
         return
     rest = stream.read_full(max(0, limit - len(head) - len(following)) + 1)
-    if len(head) + len(following) + len(rest) > limit:
+    if len(head) + len(following) + len(rest) > limit or stream.read(1):
         detail = f"an object longer than {limit / 1e6:g} MB"
         raise Refused("too_long", detail, "Give its rows as one array, or as JSON lines.")
     yield from _of_object(head + following + rest, is_row)
@@ -84,7 +84,7 @@ def _object(line: bytes) -> dict | None:
 def _of_object(raw: bytes, is_row: Callable[[dict], bool] | None) -> Found:
     whole = parse_json(decode_utf8(raw))
     if not isinstance(whole, dict):
-        raise Refused("no_rows", f"{kind_name(whole)}, neither an array nor an object")
+        raise Refused("no_rows", f"a JSON {kind_name(whole)}, neither an array nor an object")
     if any(name in whole for name in _FIELDS) or (is_row is not None and is_row(whole)):
         yield 1, whole
         return
@@ -99,7 +99,9 @@ def _of_object(raw: bytes, is_row: Callable[[dict], bool] | None) -> Found:
 
 
 def _checked(row: object) -> dict | Refused:
-    return row if isinstance(row, dict) else Refused("not_an_object", f"{kind_name(row)}, not an object with fields")
+    if isinstance(row, dict):
+        return row
+    return Refused("not_an_object", f"a JSON {kind_name(row)}, not an object with fields")
 
 
 def _elements(head: bytes, stream: Stream, limit: int) -> Found:
@@ -171,7 +173,7 @@ class _Text:
                 if len(self._buffer) - self._place > limit:
                     detail = f"row {number:,} is not JSON, or longer than {limit / 1e6:g} MB"
                     raise Refused("too_long", detail, "Mend it, or write it as JSON lines.") from None
-                self._feed(self._stream.read(wanted))
+                self._feed(self._stream.read_full(wanted))
                 wanted *= 2
             else:
                 # A number at the buffer's end may go on, behind its "." or "e+" too, which alone are none of it.

@@ -88,29 +88,32 @@ class Stream:
         return self._raw.read(size) or b""
 
     def read_full(self, size: int) -> bytes:
-        """``size`` bytes, fewer only at the end."""
-        pieces = []
-        while size > 0 and (piece := self.read(min(size, CHUNK))):
-            pieces.append(piece)
-            size -= len(piece)
+        """``size`` bytes, fewer only at the end and before what cannot be read, which the next call tells apart."""
+        pieces: list[bytes] = []
+        try:
+            while size > 0 and (piece := self.read(min(size, CHUNK))):
+                pieces.append(piece)
+                size -= len(piece)
+        except (Refused, OSError):
+            if not pieces:
+                raise
         return b"".join(pieces)
 
     def readline(self, limit: int) -> bytes:
-        """To the end of the line, or ``limit`` bytes; none at the end."""
-        line = b""
-        while len(line) < limit:
-            try:
-                piece = self.read(limit - len(line))
-            except (Refused, OSError):
-                if not line:
-                    raise
-                break  # the next call says so again
-            before, newline, behind = piece.partition(b"\n")
-            line += before + newline
-            if newline or not piece:
-                self._held = behind + self._held
-                break
-        return line
+        """To the end of the line, or ``limit`` bytes; fewer as `read_full`."""
+        pieces: list[bytes] = []
+        try:
+            while limit > 0 and (piece := self.read(min(limit, CHUNK))):
+                before, newline, behind = piece.partition(b"\n")
+                pieces.append(before + newline)
+                limit -= len(before)
+                if newline:
+                    self._held = behind + self._held
+                    break
+        except (Refused, OSError):
+            if not pieces:
+                raise
+        return b"".join(pieces)
 
     def __enter__(self) -> Stream:
         return self
@@ -126,7 +129,7 @@ def stream_of(raw: io.RawIOBase, packing: str | None) -> Stream:
 
 def open_bytes(path: Path) -> Stream:
     """A file to read from, unpacked where its suffix says that it is compressed."""
-    return stream_of(open(path, "rb", buffering=0), packing_of(path))  # noqa: SIM115 (closed with what is returned)
+    return stream_of(open(path, "rb", buffering=0), packing_of(path))
 
 
 class Unpacked(io.RawIOBase):

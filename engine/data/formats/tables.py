@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -34,35 +33,39 @@ def separated(stream: Stream, separator: str, limit: int) -> Found:
     csv.field_size_limit(limit)
     lines = _Lines(stream, limit)
     records = csv.reader(lines, delimiter=separator, strict=True)
-    header: list[str] | None = None
+    header = _header(records, lines)
     while True:
         start = lines.number + 1
         try:
             values = next(records, None)
-            if values is None:
-                if header is None:
-                    raise Refused("empty", "the file is empty")
-                return
-            if lines.trouble is not None:
-                raise lines.trouble
-            if header is None:
-                if not any(values):
-                    raise Refused("no_header", "no header line with the names of the columns", "Add one.")
-                header = values
-            elif len(values) == len(header):
-                yield start, {name: value or None for name, value in zip(header, values, strict=True)}
-            elif values:
-                detail = f"{len(values)} fields under {len(header)} names"
-                yield start, Refused("wrong_number_of_fields", detail)
         except csv.Error as error:
-            if header is None or lines.number > start or "unexpected end of data" in str(error):
+            if lines.number > start or "unexpected end of data" in str(error):
                 raise Refused("not_csv", f"not CSV ({error}, from line {start:,} on)") from None
             yield start, Refused("not_csv", f"not CSV ({error})")
-        except Refused as bad:
-            if header is None:
-                raise
-            yield start, bad
-        lines.trouble = None
+            continue
+        if values is None:
+            return
+        trouble, lines.trouble = lines.trouble, None
+        if trouble is not None:
+            yield start, trouble
+        elif len(values) == len(header):
+            yield start, {name: value or None for name, value in zip(header, values, strict=True)}
+        elif values:
+            yield start, Refused("wrong_number_of_fields", f"{len(values)} fields under {len(header)} names")
+
+
+def _header(records: Iterator[list[str]], lines: _Lines) -> list[str]:
+    try:
+        header = next(records, None)
+    except csv.Error as error:
+        raise Refused("not_csv", f"not CSV ({error}, line 1)") from None
+    if lines.trouble is not None:
+        raise lines.trouble
+    if header is None:
+        raise Refused("empty", "the file is empty")
+    if not any(header):
+        raise Refused("no_header", "no header line with the names of the columns", "Add one.")
+    return header
 
 
 class _Lines:
@@ -186,7 +189,9 @@ def _arrow_batches(path: Path, stack: ExitStack, column: int | None) -> tuple[li
 def _unpacked(path: Path, stack: ExitStack) -> IO[bytes]:
     """A compressed file as it was before, on disk."""
     target: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (the stack closes it)
-    shutil.copyfileobj(stack.enter_context(open_bytes(path)), target, _PAGES)
+    stream = stack.enter_context(open_bytes(path))
+    while piece := stream.read(_PAGES):
+        target.write(piece)
     target.seek(0)
     return target
 

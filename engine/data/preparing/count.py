@@ -24,7 +24,8 @@ SAMPLES = 5
 def kept_in(job: Job, unit: int) -> np.ndarray:
     """[documents] bool of a unit: neither a copy of an earlier document, nor nearly one."""
     kept = np.ones(len(read.spool_of(job, unit)), bool)
-    kept[duplicates.pairs_of(job, unit)["doc"]] = False
+    for step in (duplicates.EXACT, duplicates.CLUSTER):
+        kept[duplicates.pairs_of(job, step, unit)["doc"]] = False
     return kept
 
 
@@ -46,7 +47,8 @@ def count_of(job: Job, unit: int) -> dict[str, Any]:
 
 def count(job: Job, task: int, folder: Path, context: Context) -> None:
     """Task ``task`` counts unit ``task``."""
-    records, pairs = read.spool_of(job, task).records, duplicates.pairs_of(job, task)
+    records = read.spool_of(job, task).records
+    copies, near = (duplicates.pairs_of(job, step, task) for step in (duplicates.EXACT, duplicates.CLUSTER))
     kept = kept_in(job, task)
     thresholds = Thresholds.of(job.config)
     numbers = np.flatnonzero(kept)
@@ -57,12 +59,16 @@ def count(job: Job, task: int, folder: Path, context: Context) -> None:
         "kept": len(numbers),
         "bytes": int(lengths.sum()),
         "training_bytes": int(lengths[training].sum()),
-        "duplicates": len(pairs),
-        "samples": [_sample(job, pair) for pair in pairs[:SAMPLES]],
+        "duplicates": _duplicates(job, copies),
+        "near_duplicates": _duplicates(job, near),
         "slices": np.bincount(records["slice"][kept], minlength=slices).tolist(),
         "extremes": Extremes.of(task, records["key"][kept], numbers, thresholds).as_json(),
     }
     (folder / "count.json").write_text(json.dumps(counted), encoding="utf-8")
+
+
+def _duplicates(job: Job, pairs: np.ndarray) -> dict[str, Any]:
+    return {"duplicates": len(pairs), "samples": [_sample(job, pair) for pair in pairs[:SAMPLES]]}
 
 
 def _sample(job: Job, pair: np.void) -> dict[str, str]:

@@ -46,7 +46,16 @@ def _manifest(job: Job) -> dict[str, Any]:
     model, counts = tokens.tokenizer_of(job), [count.count_of(job, unit) for unit in range(job.units)]
     cleaner = Cleaner.of(job.config)
     cleaner.report = summary.cleaned(job)
-    duplicates = sum(item["duplicates"] for item in counts)
+    found = {"dedup": _merged([item["duplicates"] for item in counts])}
+    documents = {
+        "read": sum(read.report_of(job, unit)["read"] for unit in range(job.units)),
+        "dropped": cleaner.report.dropped.total(),
+        "duplicates": found["dedup"]["duplicates"],
+    }
+    if job.config.near_dedup:
+        found["near_dedup"] = _merged([item["near_duplicates"] for item in counts])
+        documents["near_duplicates"] = found["near_dedup"]["duplicates"]
+    documents["kept"] = sum(item["kept"] for item in counts)
     return {
         "version": manifests.VERSION,
         "written_by": {"mainspring": __version__, "tokenizers": tokenizers.__version__},
@@ -56,19 +65,17 @@ def _manifest(job: Job) -> dict[str, Any]:
         "tokenizer_sha256": model.sha256,
         "tokenizer": {"trained": tokens.trained_of(job)} | checks(job),
         "splits": _splits(job),
-        "documents": {
-            "read": sum(read.report_of(job, unit)["read"] for unit in range(job.units)),
-            "dropped": cleaner.report.dropped.total(),
-            "duplicates": duplicates,
-            "kept": sum(item["kept"] for item in counts),
-        },
+        "documents": documents,
         "cleaning": cleaner.as_manifest(),
-        "dedup": {
-            "duplicates": duplicates,
-            "samples": list(islice((sample for item in counts for sample in item["samples"]), count.SAMPLES)),
-        },
+        **found,
         "quarantine": summary.quarantined(job),
     }
+
+
+def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Duplicates of all units: how many, and the first few pairs."""
+    samples = (sample for part in parts for sample in part["samples"])
+    return {"duplicates": sum(part["duplicates"] for part in parts), "samples": list(islice(samples, count.SAMPLES))}
 
 
 def checks(job: Job) -> dict[str, int]:

@@ -91,7 +91,9 @@ class Job:
         return self.folder / step / f"{task:05}"
 
     def places(self, step: str) -> list[Path]:
-        """Of all tasks of a complete step, in order."""
+        """Of all tasks of a complete step, in order; none where it had no tasks."""
+        if not (self.folder / step).is_dir():
+            return []
         numbers = sorted(int(path.name) for path in (self.folder / step).iterdir() if path.name.isdigit())
         return [self.place(step, number) for number in numbers]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from engine.data.preparing import count, finish, read, summary, tokens
 from engine.data.preparing.job import Job
@@ -38,10 +39,11 @@ class StepLog:
         size = sum(piece["bytes"] for report in reports for piece in report["slices"])
         files = sum(not piece.start for unit in range(job.units) for piece in job.unit(unit).unit.slices)
         documents, kept = sum(report["read"] for report in reports), sum(item["kept"] for item in counts)
+        near = f"{_total(counts, 'near_duplicates'):,} near-duplicates, " if job.config.near_dedup else ""
         self._log(
             f"read {files:,} files, {size / 1e6:,.1f} MB, in {self._seconds()}: {documents:,} documents, "
-            f"{cleaning.dropped.total():,} dropped, {sum(item['duplicates'] for item in counts):,} duplicates, "
-            f"{kept:,} kept; in quarantine {quarantine['files']:,} files and {quarantine['lines']:,} lines"
+            f"{cleaning.dropped.total():,} dropped, {_total(counts, 'duplicates'):,} duplicates, "
+            f"{near}{kept:,} kept; in quarantine {quarantine['files']:,} files and {quarantine['lines']:,} lines"
         )
 
     def _trained(self) -> None:
@@ -65,3 +67,7 @@ class StepLog:
         if ended := checks["documents_with_eod_inside"]:
             eod = tokens.tokenizer_of(job).eod_token
             self._log(f"warning: {ended:,} documents hold {eod} as text, taken for their end")
+
+
+def _total(counts: list[dict[str, Any]], kind: str) -> int:
+    return sum(item[kind]["duplicates"] for item in counts)

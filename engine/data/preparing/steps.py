@@ -66,7 +66,10 @@ def _drop_text(job: Job, task: int) -> None:
 
 STEPS: tuple[Step, ...] = (
     Step(read.NAME, _units, read.work, size=lambda job: job.size),
-    Step(duplicates.NAME, duplicates.tasks, duplicates.work),
+    Step(duplicates.EXACT, duplicates.exact_tasks, duplicates.exact),
+    Step(duplicates.SIGN, duplicates.sign_tasks, duplicates.sign, size=lambda job: job.size),
+    Step(duplicates.NEAR, duplicates.near_tasks, duplicates.near),
+    Step(duplicates.CLUSTER, duplicates.cluster_tasks, duplicates.cluster),
     Step(count.COUNT, _units, count.count),
     Step(count.CHOOSE, _one, count.choose),
     Step(tokens.TOKENIZER, _one, tokens.tokenizer),

@@ -7,6 +7,7 @@ import io
 import json
 
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -44,11 +45,10 @@ def table(separator: str) -> str:
     ("a.csv", ("\ufeff" + table(",")).replace("\n", "\r\n").replace("A\r\nB", "A\nB"), [2, 4]),
     ("a.tsv", table("\t"), [2, 4]),
 ])  # fmt: skip
-@pytest.mark.parametrize("packed", [False, True])
-def test_files(tmp_path, name, content, places, packed):
-    path = tmp_path / (name + ".gz" * packed)
-    raw = content.encode()
-    path.write_bytes(gzip.compress(raw) if packed else raw)
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_files(tmp_path, name, content, places, suffix, pack):
+    path = tmp_path / (name + suffix)
+    path.write_bytes(pack(content.encode()))
     found, noted = read(path)
     assert [row for _, row in found] == ROWS
     assert [place for place, _ in found] == [f"{path}:{number}" for number in places]
@@ -56,18 +56,22 @@ def test_files(tmp_path, name, content, places, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_parquet(tmp_path, packed):
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_tables(tmp_path, packed, suffix):
     pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     whole = io.BytesIO()
     messages = [{"messages": [{"role": "user", "content": "Q"}], "n": 1}, {"messages": [], "n": None}]
-    parquet.write_table(pyarrow.Table.from_pylist(messages), whole, row_group_size=1)
-    path = tmp_path / ("a.parquet" + ".gz" * packed)
+    table = pyarrow.Table.from_pylist(messages)
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(table, whole, row_group_size=1)
+    else:
+        pytest.importorskip("pyarrow.feather").write_feather(table, whole, chunksize=1)
+    path = tmp_path / (f"a{suffix}" + ".gz" * packed)
     path.write_bytes(gzip.compress(whole.getvalue()) if packed else whole.getvalue())
     assert read(path) == ([(f"{path}:1", messages[0]), (f"{path}:2", messages[1])], [])
-    half = tmp_path / "half.parquet"
+    half = tmp_path / f"half{suffix}"
     half.write_bytes(whole.getvalue()[:-40])
-    with pytest.raises(UserError, match=r"half\.parquet: not a whole Parquet file"):
+    with pytest.raises(UserError, match=rf"half\{suffix}: not a whole (Parquet|Arrow) file"):
         read(half)
 
 
