@@ -31,7 +31,6 @@ def pairs(
     part: int,
     parts: int,
     matches: int,
-    rows: int,
     settings: int,
 ) -> bytes:
     """The file of verified pairs of a band's range of keys. ValueError(path, problem) for a bad file."""

@@ -78,13 +78,27 @@ def gather(
     """Fills tokens and labels from pieces [n, 5] = (source, its n-th block, offset, length, out); what each source's
     smallest and largest token read were, the larger first where nothing was. IndexError outside a block, Truncated."""
 
-def blend(
-    weights: NDArray[np.int64], deficits: NDArray[np.int64], counts: NDArray[np.int64], steps: int
-) -> tuple[NDArray[np.uint16], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """(source [steps], its block [steps], deficits and counts after the last step) by the largest deficit."""
-
 def pack(
     sizes: NDArray[np.int32], order: NDArray[np.int64], capacity: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(examples row by row, where each row begins in them and, last, their number) by best-fit decreasing; equal sizes
     in the given order, a permutation. ValueError for a size outside [1, capacity]."""
+
+def blend_counts(weights: NDArray[np.int64], position: int) -> NDArray[np.int64]:
+    """How many of a blend's first blocks each source gives. ValueError unless weights are positive."""
+
+def blend_rank(weights: NDArray[np.int64], source: int, own: int) -> int:
+    """The position of a source's own-th block in the blend, at most 2^62."""
+
+def blend_earliest(weights: NDArray[np.int64], own: NDArray[np.int64]) -> int:
+    """The source whose own-th block comes before those of the others; -1 where all are negative or never come."""
+
+def blend_range(
+    weights: NDArray[np.int64], first: int, count: int, threads: int = 0
+) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    """(source, its own block) of the blocks from first on. IndexError beyond 2^62; threads 0: the available cores."""
+
+def blend_locate(
+    weights: NDArray[np.int64], positions: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(source, its own block) of blocks anywhere in the blend. IndexError outside [0, 2^62)."""

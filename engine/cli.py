@@ -13,6 +13,8 @@ from engine.runtime import command
 COMMANDS = {
     "prepare": ("engine.data.prepare", "raw files -> tokenizer, .bin/.idx, manifest"),
     "train-tokenizer": ("engine.data.train_tokenizer", "text -> BPE or unigram, tokenizer.json or SentencePiece .model"),
+    "merge-data": ("engine.data.merge_data", "prepared directories of one tokenizer -> one, without copying tokens"),
+    "export-data": ("engine.data.export_data", "prepared data -> Arrow, for datasets.load_from_disk"),
     "code-tasks": ("engine.data.code_tasks", "Python source -> instruction examples and preference pairs (JSONL)"),
     "pretrain": ("engine.pretrain", "train a model, or resume (several processes: torchrun -m engine.pretrain)"),
     "midtrain": ("engine.midtrain", "go on from a checkpoint's weights with a fresh schedule and another blend"),

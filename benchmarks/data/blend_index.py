@@ -60,7 +60,7 @@ def engine_arrays(folder: Path, size: int) -> Work:
 
 def megatron(folder: Path, size: int) -> Work:
     """As its BlendedDataset calls it."""
-    from megatron.core.datasets import helpers_cpp
+    from megatron.core.datasets import helpers_cpp  # type: ignore[attr-defined]
 
     def work() -> dict:
         source, own = np.zeros(size, np.int16), np.zeros(size, np.int64)

@@ -1,20 +1,23 @@
-"""Near-duplicates of texts in memory: signatures of 128 permutations, 16 bands of 8, and who goes; beside rensa, datasketch.
+"""Near-duplicates of texts in memory: signatures of 128 permutations, 16 bands of 8, and who goes.
 
-Documents are drawn from a vocabulary by Zipf's law; a fifth are copies of an earlier one with up to a fifth of the words
-replaced. Likeness is that of the sets of words (shingles of one word: the others' way, and what costs them least), so a
-copy's true likeness is known. rensa's `RMinHashDeduplicator` does what the engine does: candidates by bands, compared by
-signature, the first stays. "rensa flags" is its fastest way over whole signatures, "rensa rho" samples tokens; both only
-say which documents met another one in a band. datasketch is slow: it gets the first 10,000, its time is scaled.
+Documents are drawn from a vocabulary by Zipf's law; a fifth are copies of an earlier one with up to a fifth of the
+words replaced. Likeness is that of the sets of words (shingles of one word: the others' way, and what costs them
+least), so a copy's true likeness is known. rensa's `RMinHashDeduplicator` does what the engine does: candidates by
+bands, compared by signature, the first stays. "rensa flags" is its fastest way over whole signatures, "rensa rho"
+samples tokens; both only say which documents met another one in a band, originals too. datasketch is slow: it gets
+the first 10,000, and its time is scaled.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,24 +40,22 @@ def make(folder: Path, size: int) -> None:
     vocabulary = sorted({"".join(rng.choice(letters, rng.integers(2, 11))) for _ in range(60_000)})
     rng.shuffle(vocabulary)
     likeness = np.zeros(size)
-    rows: list[list[int]] = []
     with open(folder / "texts", "w", encoding="utf-8") as out:
         for first in range(0, size, _AT_ONCE):
             count = min(_AT_ONCE, size - first)
             words = rng.zipf(1.15, (count, 300)) % len(vocabulary)
             lengths, copies = rng.integers(40, 200, count), rng.random(count) < 0.2
             changes, pick = rng.random(count) * 0.2, rng.random(count)
-            rows = []
+            rows: list[np.ndarray] = []
             for i in range(count):
-                mine = words[i, : lengths[i]].tolist()
+                mine = words[i, : lengths[i]]
                 if copies[i] and i:
                     original = rows[int(pick[i] * i)]
-                    mine = [new if change < changes[i] else old for old, new, change in zip(
-                        original, words[i].tolist(), rng.random(len(original)).tolist(), strict=False)]
-                    a, b = set(mine), set(original)
+                    mine = np.where(rng.random(len(original)) < changes[i], words[i, : len(original)], original)
+                    a, b = set(mine.tolist()), set(original.tolist())
                     likeness[first + i] = len(a & b) / len(a | b)
                 rows.append(mine)
-                out.write(" ".join(map(vocabulary.__getitem__, mine)) + "\n")
+                out.write(" ".join(map(vocabulary.__getitem__, mine.tolist())) + "\n")
     np.save(folder / "truth.npy", likeness)
 
 
@@ -88,7 +89,8 @@ def engine(folder: Path, size: int) -> Work:
             signer, files = Signer(config), []
             for first in range(0, size, UNIT_DOCUMENTS):
                 files.append(Path(place) / str(first))
-                write_signatures(files[-1], signer.sign(texts[first : first + UNIT_DOCUMENTS], threads), config, threads)
+                signatures = signer.sign(texts[first : first + UNIT_DOCUMENTS], threads)
+                write_signatures(files[-1], signatures, config, threads)
             found = near_duplicates(files, config, threads=threads, folder=Path(place))
         gone = found["unit"].astype(np.int64) * UNIT_DOCUMENTS + found["doc"].astype(np.int64)
         return _facts(folder, gone, size) | {"sha256": hashlib.sha256(found.tobytes()).hexdigest()}
@@ -98,8 +100,7 @@ def engine(folder: Path, size: int) -> Work:
 
 def rensa(folder: Path, size: int) -> Work:
     """Its deduplicator over pairs (key, words): True for what stays."""
-    import rensa as library
-
+    library: Any = importlib.import_module("rensa")  # which has no types
     texts = _texts(folder, size)
 
     def work() -> dict:
@@ -111,8 +112,7 @@ def rensa(folder: Path, size: int) -> Work:
 
 
 def _flags(folder: Path, size: int, method: str) -> Work:
-    import rensa as library
-
+    library: Any = importlib.import_module("rensa")
     texts = _texts(folder, size)
 
     def work() -> dict:

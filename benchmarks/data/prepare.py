@@ -11,10 +11,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from benchmarks.data import _corpus
 from engine.data.indexed import IndexedDataset
@@ -109,8 +107,8 @@ def facts(prefix: Path, size: int) -> dict:
     return {"amount": size, "documents": len(dataset), "tokens": dataset.num_tokens, "some": sorted(_hashes(dataset))}
 
 
-def _hashes(documents: Iterable[np.ndarray]) -> set[str]:
-    found = (hashlib.sha256(ids.tobytes()).digest() for ids in documents)
+def _hashes(dataset: IndexedDataset) -> set[str]:
+    found = (hashlib.sha256(dataset[number].tobytes()).digest() for number in range(len(dataset)))
     return {digest.hex()[:16] for digest in found if digest[-1] % _PARTS == 0}
 
 

@@ -195,10 +195,10 @@ PYBIND11_MODULE(_dedup, m) {
     m.def("signature_bytes", &signature_bytes, py::arg("signatures"), py::arg("bands"), py::arg("rows"),
           py::arg("settings"), py::arg("threads") = 1);
     m.def("pairs", [](const std::vector<std::string>& paths, const py::object& keep, uint64_t band, uint64_t part,
-                      uint64_t parts, uint64_t matches, uint64_t rows, uint64_t settings) {
-        return pairs(paths, keep, {band, part, parts, matches, rows, settings});
+                      uint64_t parts, uint64_t matches, uint64_t settings) {
+        return pairs(paths, keep, {band, part, parts, matches, settings});
     }, py::arg("paths"), py::arg("keep"), py::arg("band"), py::arg("part"), py::arg("parts"), py::arg("matches"),
-          py::arg("rows"), py::arg("settings"));
+          py::arg("settings"));
     m.def("pair_bytes", &pair_bytes, py::arg("pairs"));
     m.def("clusters", &clusters, py::arg("paths"), py::arg("units"), py::arg("pairs_at_once"));
     m.def("character", [](uint32_t code) {

@@ -19,7 +19,7 @@ uint64_t file_bytes(const Header& h) {
     if (h.records > MOST || h.rows > MOST || h.permutations > 65536 || h.sections > 65536)
         throw std::length_error("counts out of range");
     const uint64_t section = h.key_words == 2 ? section_bytes<2>(h.records) : section_bytes<1>(h.records);
-    return HEADER_BYTES + h.sections * section + (h.permutations ? h.rows * (h.permutations + 1) * 4 : 0);
+    return HEADER_BYTES + h.sections * section + (h.permutations ? h.rows * row_bytes(h) : 0);
 }
 
 void put_header(char* out, const Header& h) {

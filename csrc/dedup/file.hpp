@@ -21,11 +21,14 @@ struct Header {
     uint64_t sections;      // one a band; 1 for digests
     uint64_t records;       // in each section
     uint64_t rows;          // signatures after the sections, one a document
-    uint64_t permutations;  // numbers in a row; 0 without rows
+    uint64_t permutations;  // bytes in a row, besides 2 for each section and a checksum; 0 without rows
     uint64_t settings;      // what two files must have in common to be compared
 };
 
 constexpr uint64_t HEADER_BYTES = 80;
+
+// Bytes of a row of signatures.
+inline uint64_t row_bytes(const Header& header) { return header.permutations + 2 * header.sections + 4; }
 
 // Where a file of so many bytes is to be written. Files are little-endian, as all machines this runs on.
 using Allocate = std::function<char*(uint64_t bytes)>;

@@ -14,7 +14,7 @@ namespace {
 
 using Minima = void (*)(const uint64_t* hashes, uint64_t count, const uint32_t* factors, uint32_t* minima);
 
-#if defined(__GNUC__)
+#if defined(__GNUC__) && !defined(__clang__)
 
 // minima[j] = min over hashes of u * factors[j] + v, for 64 permutations that stay in registers meanwhile. The vectors
 // are as wide as the instruction set's: GCC takes wider ones to pieces, number by number.
@@ -70,7 +70,7 @@ void minima_plain(const uint64_t* hashes, uint64_t count, const uint32_t* factor
 // What this machine runs, the fastest last; all give the same.
 std::vector<Minima> usable() {
     std::vector<Minima> found{minima_plain};
-#if defined(__GNUC__) && defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
     if (__builtin_cpu_supports("avx2")) found.push_back(minima_avx2);
     if (__builtin_cpu_supports("avx512f")) found.push_back(minima_avx512);
 #endif

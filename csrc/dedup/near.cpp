@@ -15,7 +15,7 @@ namespace mainspring {
 namespace {
 
 constexpr uint64_t BAND_SEED = 1 << 20, ROW_SEED = 3, PAIRS_SEED = 4;
-constexpr uint64_t ROWS_AT_ONCE = 65536;  // 32 MB at 128 permutations
+constexpr uint64_t ROWS_AT_ONCE = 65536;  // 10 MB at 128 permutations
 constexpr uint64_t SMALL_GROUP = 16, LEADERS = 64;
 constexpr uint64_t READ_AHEAD = 8;  // rows nobody asked for cost less than another read
 
@@ -23,27 +23,33 @@ uint64_t pack(uint32_t unit, uint32_t document) { return uint64_t{unit} << 32 | 
 uint32_t high(uint64_t both) { return static_cast<uint32_t>(both >> 32); }
 uint32_t low(uint64_t both) { return static_cast<uint32_t>(both); }
 
-uint32_t row_checksum(const uint32_t* row, uint64_t permutations, uint64_t document) {
-    return static_cast<uint32_t>(hash_bytes(row, permutations * 4, mix(document, ROW_SEED)));
+uint32_t row_checksum(const uint8_t* row, uint64_t size, uint64_t document) {
+    return static_cast<uint32_t>(hash_bytes(row, size, mix(document, ROW_SEED)));
 }
 
-uint64_t rows_at(const Header& header) { return file_bytes(header) - header.rows * (header.permutations + 1) * 4; }
+uint64_t rows_at(const Header& header) { return file_bytes(header) - header.rows * row_bytes(header); }
+
+// A byte that all bits of a number reach: minima have few high bits.
+MAINSPRING_CLONES
+void put_bytes(const uint32_t* numbers, uint64_t count, uint8_t* out) {
+    for (uint64_t j = 0; j < count; ++j) out[j] = static_cast<uint8_t>(numbers[j] * 0x9e3779b1 >> 24);
+}
 
 MAINSPRING_CLONES
-uint32_t equal_numbers(const uint32_t* a, const uint32_t* b, uint64_t count) {
+uint32_t equal_bytes(const uint8_t* a, const uint8_t* b, uint64_t count) {
     uint32_t equal = 0;
     for (uint64_t j = 0; j < count; ++j) equal += a[j] == b[j];
     return equal;
 }
 
-// Signatures of documents (packed, sorted, each once), in their order: one file after another, neighbours in one read.
+// Rows of documents (packed, sorted, each once), in their order: one file after another, neighbours in one read.
 class Rows {
    public:
-    Rows(const std::vector<std::string>& paths, uint64_t permutations) : paths_(paths), permutations_(permutations) {}
+    Rows(const std::vector<std::string>& paths, uint64_t width) : paths_(paths), width_(width) {}
 
     void load(std::vector<uint64_t> documents) {
         documents_ = std::move(documents);
-        numbers_.resize(documents_.size() * permutations_);
+        rows_.resize(documents_.size() * width_);
         for (uint64_t first = 0; first < documents_.size();) {
             uint64_t last = first + 1;
             while (last < documents_.size() && high(documents_[last]) == high(documents_[first])) ++last;
@@ -51,77 +57,77 @@ class Rows {
             first = last;
         }
     }
-    const uint32_t* operator[](uint64_t document) const {
+    const uint8_t* operator[](uint64_t document) const {
         const auto at = std::lower_bound(documents_.begin(), documents_.end(), document) - documents_.begin();
-        return &numbers_[static_cast<uint64_t>(at) * permutations_];
+        return &rows_[static_cast<uint64_t>(at) * width_];
     }
 
    private:
     void load_unit(uint64_t first, uint64_t last) {
         InputFile file(paths_[high(documents_[first])]);
-        const uint64_t stride = (permutations_ + 1) * 4, start = rows_at(file.header());
+        const uint64_t stride = row_bytes(file.header()), start = rows_at(file.header());
         for (uint64_t i = first; i < last;) {
             uint64_t end = i + 1;
             while (end < last && documents_[end] - documents_[end - 1] <= READ_AHEAD && end - i < 1024) ++end;
             const uint64_t from = low(documents_[i]), count = low(documents_[end - 1]) - from + 1;
-            buffer_.resize(count * stride / 4);
+            buffer_.resize(count * stride);
             file.read(start + from * stride, count * stride, buffer_.data());
             for (; i < end; ++i) {
-                const uint32_t* row = &buffer_[(low(documents_[i]) - from) * (permutations_ + 1)];
-                if (row[permutations_] != row_checksum(row, permutations_, low(documents_[i])))
+                const uint8_t* row = &buffer_[(low(documents_[i]) - from) * stride];
+                const uint32_t checksum = row_checksum(row, width_, low(documents_[i]));
+                if (std::memcmp(row + width_, &checksum, 4) != 0)
                     file.damaged("is damaged in the signature of document " + std::to_string(low(documents_[i])));
-                std::copy_n(row, permutations_, &numbers_[i * permutations_]);
+                std::copy_n(row, width_, &rows_[i * width_]);
             }
         }
     }
 
     const std::vector<std::string>& paths_;
-    uint64_t permutations_;
+    uint64_t width_;  // without the checksum
     std::vector<uint64_t> documents_;
-    std::vector<uint32_t> numbers_, buffer_;
+    std::vector<uint8_t> rows_, buffer_;
 };
 
 // The documents of one key, compared one after another.
 class Group {
    public:
-    Group(const PairOptions& options, uint64_t permutations, uint64_t size, std::vector<Duplicate>& out)
-        : options_(options), permutations_(permutations), all_(size <= SMALL_GROUP), out_(out) {}
+    Group(const PairOptions& options, const Header& header, uint64_t size, std::vector<Duplicate>& out)
+        : options_(options), permutations_(header.permutations), width_(row_bytes(header) - 4),
+          all_(size <= SMALL_GROUP), out_(out) {}
 
-    void add(uint64_t document, const uint32_t* row) {
+    void add(uint64_t document, const uint8_t* row) {
         bool alone = true;
         for (uint64_t i = 0; i < leaders_.size(); ++i) {
-            if (!alike(row, &rows_[i * permutations_])) continue;
+            const uint8_t* other = &rows_[i * width_];
+            if (equal_bytes(row, other, permutations_) < options_.matches) continue;
             alone = false;
-            if (!in_earlier_band(row, &rows_[i * permutations_]))
+            if (!in_earlier_band(row, other))
                 out_.push_back({high(document), low(document), high(leaders_[i]), low(leaders_[i])});
         }
         if ((all_ || alone) && leaders_.size() < LEADERS) {
             leaders_.push_back(document);
-            rows_.insert(rows_.end(), row, row + permutations_);
+            rows_.insert(rows_.end(), row, row + width_);
         }
     }
 
    private:
-    bool alike(const uint32_t* a, const uint32_t* b) const {
-        return equal_numbers(a, b, permutations_) >= options_.matches;
-    }
-    bool in_earlier_band(const uint32_t* a, const uint32_t* b) const {
-        for (uint64_t band = 0; band < options_.band; ++band)
-            if (std::equal(a + band * options_.rows, a + (band + 1) * options_.rows, b + band * options_.rows)) return true;
+    bool in_earlier_band(const uint8_t* a, const uint8_t* b) const {
+        for (uint64_t at = permutations_; at < permutations_ + 2 * options_.band; at += 2)
+            if (a[at] == b[at] && a[at + 1] == b[at + 1]) return true;
         return false;
     }
 
     const PairOptions& options_;
-    uint64_t permutations_;
+    uint64_t permutations_, width_;
     bool all_;
     std::vector<Duplicate>& out_;
     std::vector<uint64_t> leaders_;
-    std::vector<uint32_t> rows_;
+    std::vector<uint8_t> rows_;
 };
 
-// The band's records of all units in the range, sorted; and the permutations, the same in all files.
+// The band's records of all units in the range, sorted; and a header, for what is the same in all files.
 std::vector<Record<1>> keys_of(const std::vector<std::string>& paths, const Mask& mask, const PairOptions& options,
-                               KeyRange range, uint64_t& permutations) {
+                               KeyRange range, Header& shape) {
     std::vector<Record<1>> records;
     for (uint64_t unit = 0; unit < paths.size(); ++unit) {
         InputFile file(paths[unit]);
@@ -129,7 +135,7 @@ std::vector<Record<1>> keys_of(const std::vector<std::string>& paths, const Mask
         if (header.key_words != 1 || header.permutations == 0) file.damaged("is no file of signatures");
         if (header.settings != options.settings) file.damaged("was signed with other settings");
         if (options.band >= header.sections) file.damaged("has no band " + std::to_string(options.band));
-        permutations = header.permutations;
+        shape = header;
         const uint8_t* keep = mask(unit, header.rows);
         const uint64_t at = HEADER_BYTES + options.band * section_bytes<1>(header.records);
         read_section<1>(file, at, BAND_SEED + options.band, range, static_cast<uint32_t>(unit),
@@ -183,34 +189,37 @@ void encode_signatures(const uint32_t* signatures, uint64_t documents, uint64_t 
     const Header header{1, split.bands, signed_ones.size(), documents, permutations, settings};
     char* const out = allocate(file_bytes(header));
     put_header(out, header);
+    auto* const rows = reinterpret_cast<uint8_t*>(out + rows_at(header));
+    const uint64_t stride = row_bytes(header), width = stride - 4;
+    std::memset(rows, 0, documents * stride);
     parallel_ranges(static_cast<int64_t>(split.bands), 1, threads, [&](int64_t first, int64_t) {
         const auto band = static_cast<uint64_t>(first);
         std::vector<Record<1>> records(signed_ones.size());
         for (uint64_t i = 0; i < signed_ones.size(); ++i) {
             const uint32_t* numbers = signatures + signed_ones[i] * permutations + band * split.rows;
-            records[i] = {{hash_bytes(numbers, split.rows * 4, band)}, 0, signed_ones[i]};
+            const uint64_t key = hash_bytes(numbers, split.rows * 4, band);
+            records[i] = {{key}, 0, signed_ones[i]};
+            std::memcpy(rows + signed_ones[i] * stride + permutations + 2 * band, &key, 2);
         }
         sort_records(records, {0, ~uint64_t{0}});
         put_section(out + HEADER_BYTES + band * section_bytes<1>(records.size()), records, BAND_SEED + band);
     });
-    char* const rows = out + rows_at(header);
     parallel_ranges(static_cast<int64_t>(documents), 4096, threads, [&](int64_t first, int64_t last) {
         for (auto i = static_cast<uint64_t>(first); i < static_cast<uint64_t>(last); ++i) {
-            const uint32_t* row = signatures + i * permutations;
-            const uint32_t checksum = row_checksum(row, permutations, i);
-            std::memcpy(rows + i * (permutations + 1) * 4, row, permutations * 4);
-            std::memcpy(rows + (i + 1) * (permutations + 1) * 4 - 4, &checksum, 4);
+            put_bytes(signatures + i * permutations, permutations, rows + i * stride);
+            const uint32_t checksum = row_checksum(rows + i * stride, width, i);
+            std::memcpy(rows + i * stride + width, &checksum, 4);
         }
     });
 }
 
 std::vector<Duplicate> near_pairs(const std::vector<std::string>& paths, const Mask& mask, const PairOptions& options) {
     const KeyRange range = key_range(options.part, options.parts);
-    uint64_t permutations = 0;
-    const std::vector<Record<1>> records = keys_of(paths, mask, options, range, permutations);
+    Header shape{};
+    const std::vector<Record<1>> records = keys_of(paths, mask, options, range, shape);
     const std::vector<Span> groups = groups_of(records);
     std::vector<Duplicate> pairs;
-    Rows rows(paths, permutations);
+    Rows rows(paths, row_bytes(shape) - 4);
     for (uint64_t next = 0; next < groups.size();) {
         std::vector<Span> batch;
         for (uint64_t size = 0; next < groups.size(); ++next) {
@@ -221,7 +230,7 @@ std::vector<Duplicate> near_pairs(const std::vector<std::string>& paths, const M
         }
         const uint64_t size = batch[0].last - batch[0].first;
         if (size > ROWS_AT_ONCE) {  // alone in its batch, and a piece at a time
-            Group group(options, permutations, size, pairs);
+            Group group(options, shape, size, pairs);
             for (uint64_t i = batch[0].first; i < batch[0].last; i += ROWS_AT_ONCE) {
                 const uint64_t end = std::min(batch[0].last, i + ROWS_AT_ONCE);
                 load_rows(rows, records, {{i, end}});
@@ -234,7 +243,7 @@ std::vector<Duplicate> near_pairs(const std::vector<std::string>& paths, const M
         }
         load_rows(rows, records, batch);
         for (const Span& span : batch) {
-            Group group(options, permutations, span.last - span.first, pairs);
+            Group group(options, shape, span.last - span.first, pairs);
             for (uint64_t i = span.first; i < span.last; ++i) {
                 const uint64_t document = pack(records[i].unit, records[i].document);
                 group.add(document, rows[document]);

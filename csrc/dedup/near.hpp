@@ -14,8 +14,10 @@ struct Split {
     uint64_t bands, rows;
 };
 
-// The file of a unit: for each band the sorted keys of the documents, then the signatures [documents, permutations],
-// each with a checksum. Documents without a shingle are in no band. std::invalid_argument unless the bands fit.
+// The file of a unit: for each band the sorted keys of the documents; then of every document a byte for each of its
+// permutations, two of each key, and a checksum. Two numbers that differ agree in the byte by a chance of 1 to 256 (Li
+// and König 2010, b-bit minwise hashing), which `matches` must allow for; a quarter of the size is to be read again.
+// Documents without a shingle are in no band. std::invalid_argument unless the bands fit.
 void encode_signatures(const uint32_t* signatures, uint64_t documents, uint64_t permutations, Split split,
                        uint64_t settings, int threads, const Allocate& allocate);
 
@@ -24,12 +26,11 @@ using Mask = std::function<const uint8_t*(uint64_t unit, uint64_t documents)>;
 
 struct PairOptions {
     uint64_t band, part, parts;  // keys of one band, in range `part` of `parts`
-    uint64_t matches;            // equal numbers of two signatures, from which on the documents are the same
-    uint64_t rows;               // numbers in a band
+    uint64_t matches;            // equal bytes of two signatures, from which on the documents are the same
     uint64_t settings;           // every file must have been written with these
 };
 
-// Pairs of documents with a key of the band in common and enough equal numbers, the later one first, sorted. A pair that
+// Pairs of documents with a key of the band in common and enough equal bytes, the later one first, sorted. A pair that
 // agrees in an earlier band too is left to that. Of a key with more than 16 documents, those that resemble none of up to
 // 64 before them are remembered, and each is compared with these alone. Memory: 64 bytes a document of the range at
 // most, and rows for ROWS_AT_ONCE documents.

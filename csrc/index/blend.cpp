@@ -199,13 +199,29 @@ void Blend::counts(int64_t position, int64_t* counts) const {
     std::copy(cursor.counts().begin(), cursor.counts().end(), counts);
 }
 
+bool Blend::time_of(int64_t source, int64_t own, Time& time) const {
+    const Time step = steps_[static_cast<size_t>(source)], last = static_cast<Time>(kLast) << kScale;
+    if (own > 0 && step > last / static_cast<Time>(own)) return false;
+    time = static_cast<Time>(own) * step + step / 2;
+    return time <= last;
+}
+
+int64_t Blend::earliest(const int64_t* own) const {
+    int64_t found = -1;
+    Time least = 0;
+    for (int64_t i = 0; i < sources(); ++i) {
+        Time time = 0;
+        if (own[i] < 0 || !time_of(i, own[i], time) || (found >= 0 && time >= least)) continue;
+        found = i;
+        least = time;
+    }
+    return found;
+}
+
 int64_t Blend::rank(int64_t source, int64_t own) const {
     if (source < 0 || source >= sources() || own < 0) throw std::out_of_range("no such block");
-    const Time step = steps_[static_cast<size_t>(source)];
-    const Time last = static_cast<Time>(kLast) << kScale;
-    if (own > 0 && step > last / static_cast<Time>(own)) return kLast;
-    const Time time = static_cast<Time>(own) * step + step / 2;
-    if (time > last) return kLast;
+    Time time = 0;
+    if (!time_of(source, own, time)) return kLast;
     int64_t position = own;
     for (int64_t i = 0; i < sources(); ++i) {  // on a tie the sources before come first
         if (i != source) position += std::min(kLast - position, before(i, i < source ? time + 1 : time));

@@ -25,6 +25,10 @@ class Blend {
     // The position of a source's own-th block, or 2^62 where it comes later than that.
     int64_t rank(int64_t source, int64_t own) const;
 
+    // The source whose own[i]-th block comes before those of the others; -1 where none comes before 2^62. A negative
+    // own[i] is no block.
+    int64_t earliest(const int64_t* own) const;
+
     // (source, its own block) of the blocks first, first + 1, ...; `threads` 0: the available cores.
     void range(int64_t first, int64_t count, int threads, uint16_t* source, int64_t* own) const;
 
@@ -38,6 +42,7 @@ class Blend {
     class Cursor;
 
     int64_t before(int64_t source, Time time) const;  // how many blocks of a source have a time below this
+    bool time_of(int64_t source, int64_t own, Time& time) const;  // false where it is beyond every position
 
     std::vector<Time> steps_;
 };

@@ -27,6 +27,11 @@ Int64s counts(const Int64s& weights, int64_t position) {
 
 int64_t rank(const Int64s& weights, int64_t source, int64_t own) { return blend_of(weights).rank(source, own); }
 
+int64_t earliest(const Int64s& weights, const Int64s& own) {
+    if (own.ndim() != 1 || own.size() != weights.size()) throw py::value_error("weights and own differ in length");
+    return blend_of(weights).earliest(own.data());
+}
+
 py::tuple range(const Int64s& weights, int64_t first, int64_t count, int threads) {
     const Blend blend = blend_of(weights);
     if (count < 0) throw py::value_error("count must not be negative");
@@ -60,6 +65,7 @@ py::tuple locate(const Int64s& weights, const Int64s& positions) {
 void bind_blend(py::module_& m) {
     m.def("blend_counts", &counts, py::arg("weights"), py::arg("position"));
     m.def("blend_rank", &rank, py::arg("weights"), py::arg("source"), py::arg("own"));
+    m.def("blend_earliest", &earliest, py::arg("weights"), py::arg("own"));
     m.def("blend_range", &range, py::arg("weights"), py::arg("first"), py::arg("count"), py::arg("threads") = 0);
     m.def("blend_locate", &locate, py::arg("weights"), py::arg("positions"));
 }

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, models, pre_tokenizers
 # One bit each; unicode.hpp names them.
 CLASSES = [r"[\p{Lu}\p{Lt}]", r"\p{Ll}", r"[\p{Lm}\p{Lo}]", r"\p{N}", r"\s", r"\p{M}", r"[\p{P}\p{S}]"]
 WORD = 1 << len(CLASSES)
-MAYBE, NEVER, DIGIT = 0x100, 0x200, 0x400  # of the second table; below them the canonical combining class
+MAYBE, NEVER, DIGIT, COMPOSED = 0x100, 0x200, 0x400, 0x800  # of the second table; below them the canonical combining class
 POINTS = [*range(0xD800), *range(0xE000, 0x110000)]
 FILE = Path(__file__).with_name("unicode_tables.inc")
 
@@ -58,8 +58,8 @@ def digits() -> set[int]:
 
 
 def more() -> list[int]:
-    """Combining class of each code point, with MAYBE (it may compose with what stands before) or NEVER in NFC text,
-    and DIGIT for those that only the `Digits` pre-tokenizer takes for a number."""
+    """Combining class of each code point, with MAYBE (it may compose with what stands before), NEVER in NFC text or
+    COMPOSED (of a letter and marks, say), and DIGIT for those that only the `Digits` pre-tokenizer takes for a number."""
     numbers = {point for point, bits in enumerate(classes()) if bits & 1 << CLASSES.index(r"\p{N}")}
     assert numbers <= digits(), "a number that Digits does not know: DigitsGpt2 in split.hpp relies on it"
     found = normal_forms()
@@ -69,7 +69,7 @@ def more() -> list[int]:
 
 
 def normal_forms() -> list[int]:
-    """Combining class of each code point, with MAYBE or NEVER."""
+    """Combining class of each code point, with MAYBE, NEVER, COMPOSED."""
     seconds = {second for _, second, _ in compositions()} | {*range(0x1161, 0x1176), *range(0x11A8, 0x11C3)}
     found = [0] * 0x110000
     for point in POINTS:
@@ -77,7 +77,8 @@ def normal_forms() -> list[int]:
         if unicodedata.category(character) == "Cn" or unicodedata.normalize("NFC", character) != character:
             found[point] = NEVER
         else:
-            found[point] = unicodedata.combining(character) | (MAYBE if point in seconds else 0)
+            composed = unicodedata.normalize("NFD", character) != character
+            found[point] = unicodedata.combining(character) | MAYBE * (point in seconds) | COMPOSED * composed
     return found
 
 

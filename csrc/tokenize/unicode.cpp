@@ -10,8 +10,8 @@ namespace mainspring {
 
 namespace {
 
-// Of an entry of kMore: the canonical combining class, and three bits.
-constexpr uint16_t kCombining = 0xFF, kMaybe = 0x100, kNever = 0x200, kDigit = 0x400;
+// Of an entry of kMore: the canonical combining class, and four bits.
+constexpr uint16_t kCombining = 0xFF, kMaybe = 0x100, kNever = 0x200, kDigit = 0x400, kComposedOf = 0x800;
 
 uint16_t more_of(uint32_t point) { return kMore[kMoreBlock[point >> 8] << 8 | (point & 255)]; }
 
@@ -67,10 +67,11 @@ bool surely_normal(const uint8_t* text, uint64_t size) {
     const uint8_t *p = text, *end = text + size;
     uint32_t last = 0;  // combining class of the character before
     uint32_t before = 0;
+    bool composed = false;  // whether `before` has parts, among which a mark may belong
     while (p < end) {
         if (*p < 0x80) {
             p = skip_ascii(p, end);
-            last = 0, before = p[-1];
+            last = 0, before = p[-1], composed = false;
             continue;
         }
         const Character at = decode(p);
@@ -79,8 +80,8 @@ bool surely_normal(const uint8_t* text, uint64_t size) {
         if (entry & kNever) return false;
         if (combining && combining < last) return false;  // marks out of order
         // Behind another mark it may still meet the starter before: rare, and left to the library.
-        if ((entry & kMaybe) && (last || composes(before, at.point))) return false;
-        last = combining, before = at.point;
+        if ((entry & kMaybe) && (last || composed || composes(before, at.point))) return false;
+        last = combining, before = at.point, composed = entry & kComposedOf;
         p += at.length;
     }
     return true;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from engine.config.base import Problem, Section, option
 from engine.config.cleaning import CleaningConfig, DecontaminationConfig, PersonalDataConfig
@@ -16,6 +16,8 @@ BYTES = 256
 
 class PrepareConfig(Section):
     """Raw files in, one prepared directory out. Contradictions are refused at construction."""
+
+    aliases: ClassVar[dict[str, str]] = {"decontaminate": "decontaminate.sets"}
 
     input: list[Path] = option(
         ..., "folder or file to read, hf:NAME[[:CONFIG]:SPLIT] or python:MODULE:CLASS; repeat the flag for several",
@@ -74,6 +76,9 @@ class PrepareConfig(Section):
         if self.min_characters > self.max_characters:
             text = f"{self.min_characters} is above max_characters {self.max_characters}, nothing can pass"
             yield Problem("min_characters", text, "Lower it, or raise max_characters")
+        if self.validation_fraction + self.test_fraction >= 1:
+            text = f"{self.test_fraction} and validation_fraction {self.validation_fraction} leave nothing to train on"
+            yield Problem("test_fraction", text, "Lower one of them")
         if self.tokenizer is not None and self.vocab_size is not None:
             text = "the vocabulary of an existing tokenizer is what it is"
             yield Problem("vocab_size", text, "Leave out either vocab_size or tokenizer")

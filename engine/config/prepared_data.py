@@ -30,4 +30,5 @@ class MergeDataConfig(Section):
     shards: Literal["many", "one"] = option(
         "many", "many: the inputs' files under new names, no token is copied; one: a single pair of each split"
     )
-    threads: int = option(0, "files of an input that are hashed at once; 0: the available cores", "threads", ge=0)
+    verify: bool = option(True, "hash the inputs' tokens first; false: check only their indexes and sizes")
+    threads: int = option(0, "files that are hashed at once; 0: the available cores", "threads", ge=0)

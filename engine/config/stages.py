@@ -57,6 +57,7 @@ class ExamplesConfig(Section):
     )
     audit: bool = option(True, "check loss masks before step 1 and show samples")
     audit_samples: int = option(3, "samples that the audit shows", "examples", ge=0, le=1000)
+    workers: int = option(0, "processes that tokenize; 0: the available cores, where rows are many", "processes", ge=0)
     cache_dir: Path | None = option(None, "where tokenized examples are kept (null: output_dir/examples)")
     tokenizer: Path | None = option(None, "tokenizer (null: the initial model's own)")
 

@@ -48,11 +48,14 @@ class Segment:
         found[list(self.sources)] += _index.blend_counts(np.array(self.weights, np.int64), position - self.start)
         return found
 
-    def position_of(self, source: int, own: int) -> int:
-        """Where the own-th block of a source stands in the blend, or NEVER; not one that it had given before."""
-        place = self.sources.index(source)
+    def first_end(self, limits: Sequence[int]) -> int:
+        """Where the first source has given as many blocks as ``limits`` (one for every source, or NEVER) let it: the
+        position after its last; NEVER where none comes to it. No source has given as many before ``start``."""
         weights = np.array(self.weights, np.int64)
-        return min(NEVER, self.start + _index.blend_rank(weights, place, own - self.given[source]))
+        own = np.array([limits[source] - 1 - self.given[source] if limits[source] < NEVER else -1
+                        for source in self.sources], np.int64)
+        place = _index.blend_earliest(weights, own)
+        return NEVER if place < 0 else min(NEVER, self.start + _index.blend_rank(weights, place, int(own[place])) + 1)
 
 
 class BlendIndex:

@@ -185,13 +185,10 @@ class BlendPlan:
                 if past and at == self._first_block:
                     self.notes.append(self._mixture(numbers, shares))
                 segments.append(Segment(at, numbers, shares, tuple(given.tolist())))
-            last = segments[-1]
-            ends = [last.position_of(number, limits[number] - 1) + 1 for number in numbers if limits[number] < NEVER]
-            ends += [coming[0][0]] if coming else []
-            at = min(ends, default=NEVER)
+            at = min(segments[-1].first_end(limits), coming[0][0] if coming else NEVER)
             if at >= NEVER:
                 return self._index(segments)
-            given = last.counts(at)
+            given = segments[-1].counts(at)
 
     def _index(self, segments: list[Segment], end: int | None = None) -> BlendIndex:
         return BlendIndex.of(segments, end=end, readers=self._readers)

@@ -47,9 +47,9 @@ class Guess:
         return max(self.hits.values(), default=0) if known else self.words
 
     def plainly_none_of(self, wanted: Collection[str]) -> bool:
-        """True where most letters are of a script that none of them is written in, or another language of the same
-        script has a tenth of the words, and twice as many as any of them. Never on a short text, nor for a few words
-        again and again: a list of names is full of "de", "van" and "la"."""
+        """True where most letters are of a script that none of them is written in, or where another language of that
+        script has a sixteenth of the words, and twice as many as any of them. Never on a short text, nor for a few
+        words again and again: a list of names is full of "de", "van" and "la"."""
         if self.letters < MIN_LETTERS:
             return False
         same = [language for language in wanted if SCRIPT_OF[language] == self.script]
@@ -60,7 +60,7 @@ class Guess:
         best = max(self.hits[language] for language in same)
         others = [name for name in self.hits if name not in same and self.kinds[name] >= MIN_KINDS]
         other = max((self.hits[name] for name in others), default=0)
-        return other >= 0.1 * self.words and other > 2 * best
+        return 16 * other >= self.words and other > 2 * best
 
 
 @cache

@@ -31,6 +31,7 @@ from engine.data.prepare import Console, Log, as_user_error, silent
 from engine.data.reading import Quarantine, Reader
 from engine.data.sources import SourceFile, list_files, show
 from engine.data.spool import split_key
+from engine.data.units import Slice
 from engine.errors import UserError
 
 VERSION = 1
@@ -108,7 +109,7 @@ def _reuse(config: CodeTasksConfig, files: list[SourceFile], log: Log) -> dict[s
     found = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
     if manifest["code_tasks"]["version"] != VERSION:
         found.append("written by another version of this program")
-    if manifests.load_sources(config.output) != manifests.current_sources(files):
+    if manifests.load_sources(config.output) != manifests.current_sources([Slice(file) for file in files]):
         found.append("the source files changed")
     if found:
         raise UserError(

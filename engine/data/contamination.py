@@ -78,7 +78,7 @@ class Contamination:
         where = f"decontaminate: {name}: {path}"
         raw = _bytes_of(path, where)
         items = too_short = 0
-        for text in _texts_of(raw, path, where):
+        for text in _texts_of(_unpacked(raw, path, where), path, where):
             used = self._leaks.add(text.lower(), number) >= SHORTEST_ITEM
             items, too_short = items + used, too_short + (not used)
         if not items:
@@ -108,11 +108,17 @@ def _load(config: str, stamps: tuple) -> Contamination:
 
 def _bytes_of(path: Path, where: str) -> bytes:
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot be read ({reason})", where=where, fix="Write NAME=PATH of a file.") from None
+
+
+def _unpacked(raw: bytes, path: Path, where: str) -> bytes:
+    try:
         return gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot be read ({reason})", where=where, fix="Write NAME=PATH of a file.") from None
+        raise UserError(f"cannot be unpacked ({error})", where=where, fix="Fetch it again.") from None
 
 
 def _texts_of(raw: bytes, path: Path, where: str) -> Iterator[str]:

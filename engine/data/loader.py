@@ -85,6 +85,9 @@ class Loader(StepReader):
     @functools.cached_property
     def stream(self) -> TokenStream:
         """The shuffled, blended stream. UserError when a source is smaller than one sample."""
+        return self._stream()
+
+    def _stream(self) -> TokenStream:
         return TokenStream(self._indices, self.plan.index, [split.vocab_size for split in self._splits])
 
     def begin(self, *, steps: int, step: int = 0, position: int = 0, record: dict[str, Any] | None = None
@@ -93,7 +96,7 @@ class Loader(StepReader):
         samples (model.seq_length, data.shuffle_seed)."""
         self._drop_ahead()
         self.plan = self._blend.plan(self._indices, step=step, position=position, record=record)
-        self.__dict__.pop("stream", None)
+        self.stream = self._stream()
         self.plan.check_enough(steps)
         return tuple(self.plan.notes)
 

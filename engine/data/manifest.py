@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,8 @@ from pydantic import BaseModel
 from engine import disk
 from engine.config.prepare import PrepareConfig
 from engine.data import collectors
-from engine.data.sources import Listing
 from engine.data.tokenizer import Tokenizer, load_tokenizer
-from engine.data.units import Slice, plan_units
+from engine.data.units import Slice
 from engine.errors import UserError
 
 # Raised when the same input and settings would give other bytes.
@@ -56,7 +56,7 @@ def settings_of(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str,
 
 def _by_content(entry: str) -> str:
     name, _, path = entry.partition("=")
-    return f"{name}={sha256_file(Path(path))}"
+    return f"{name}={sha256_file(Path(path).expanduser())}"
 
 
 def is_prepared(directory: Path) -> bool:
@@ -87,9 +87,8 @@ def load_sources(directory: Path) -> Sources:
         return {}
 
 
-def current_sources(listing: Listing, config: PrepareConfig) -> Sources:
+def current_sources(pieces: Sequence[Slice]) -> Sources:
     """The same of the files as they are now. Reads them all, in several threads: hashing lets others run."""
-    pieces = [piece for unit in plan_units(listing, config) for piece in unit.slices]
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(_sha256_slice, pieces)
         return {

@@ -52,7 +52,8 @@ class Signer:
 def write_signatures(path: Path, signatures: np.ndarray, config: NearDedupConfig, threads: int = 1) -> None:
     """Write what `Signer` made of one unit, with sorted band keys and checksums.
 
-    4 * permutations + 12 * bands bytes a document, about. Raises OSError.
+    About permutations + 14 * bands bytes a document: of each number of a signature the file keeps a byte, which is
+    enough to compare with (b-bit minwise hashing). ``threads`` 0 takes the available cores. Raises OSError.
     """
     bands, rows = config.split
     path.write_bytes(_dedup.signature_bytes(signatures, bands, rows, _settings(config), threads))
@@ -64,7 +65,7 @@ def near_parts(files: Sequence[Path], config: NearDedupConfig, memory_mb: float 
     A function of the files' sizes alone; signatures of 65,536 documents at a time come on top of it.
     """
     bands, _ = config.split
-    documents = sum(path.stat().st_size for path in files) / (4 * config.permutations + 4 + 12 * bands)
+    documents = sum(path.stat().st_size for path in files) / (config.permutations + 4 + 14 * bands)
     return max(1, math.ceil(documents * _PAIR_BYTES / (memory_mb * 1e6)))
 
 
@@ -84,13 +85,14 @@ def write_pairs(
     ``keep(u)`` says which documents of unit u there still are (the others are no reason for one to go); it is called
     once for each unit. Raises OSError, UserError for a file that is missing, damaged or of other settings.
     """
-    bands, rows = config.split
+    bands, _ = config.split
     if not 0 <= band < bands:
         raise ValueError(f"band {band} of {bands}")
-    # The share of equal numbers is the estimate; a little leeway, for what a fraction is in binary.
-    matches = max(1, math.ceil(config.threshold * config.permutations - 1e-6))
+    # Of numbers that differ one of 256 has the same byte. A little leeway, for what a fraction is in binary.
+    share = config.threshold + (1 - config.threshold) / 256
+    matches = max(1, math.ceil(share * config.permutations - 1e-6))
     names = [str(file) for file in files]
-    path.write_bytes(from_files(_dedup.pairs, names, keep, band, part, parts, matches, rows, _settings(config)))
+    path.write_bytes(from_files(_dedup.pairs, names, keep, band, part, parts, matches, _settings(config)))
 
 
 def near_clusters(pairs: Sequence[Path], units: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from engine.data.preparing.job import Job
 from engine.data.preparing.log import StepLog
 from engine.data.sources import Listing, list_files, show
 from engine.data.tokenizer import load_tokenizer
+from engine.data.units import plan_units
 from engine.errors import Interrupted, UserError
 
 Log = Callable[[str], None]
@@ -118,7 +119,7 @@ def _check_place(config: PrepareConfig) -> None:
 
 def _reuse(config: PrepareConfig, listing: Listing, settings: dict, log: Log) -> dict[str, Any]:
     manifest = manifests.load(config.output)
-    sources = manifests.current_sources(listing, config)
+    sources = manifests.current_sources([piece for unit in plan_units(listing, config) for piece in unit.slices])
     found = manifests.changes(manifest, manifests.load_sources(config.output), settings, sources)
     if found:
         raise UserError(

@@ -27,7 +27,8 @@ class PreparedSplit:
 def open_split(directory: Path, split: str, *, remember: Path | None = None) -> PreparedSplit:
     """Opens `directory/split.bin/.idx`, or its shards, and holds them against the manifest, if there is one.
 
-    ``remember``: a folder that spares files the checks they passed before (`engine.data.verified`). Raises UserError for a directory or file that is missing, damaged, or not the one the manifest describes.
+    ``remember``: a folder that spares files the checks they passed before (`engine.data.verified`). Raises UserError
+    for a directory or file that is missing, damaged, or not the one the manifest describes.
     """
     if not directory.is_dir():
         problem = "not a directory" if directory.exists() else "no such directory"

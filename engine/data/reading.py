@@ -20,7 +20,7 @@ from engine.data.cleaning import Kind
 from engine.data.formats import tables
 from engine.data.formats.json_array import json_rows
 from engine.data.formats.lines import Found, decode_utf8, json_lines, kind_name
-from engine.data.formats.opening import Counted, Stream, packing_of, stream_of
+from engine.data.formats.opening import Counted, Stream, packing_inside, packing_of, stream_of
 from engine.data.quarantine import Quarantine, Refused
 from engine.data.sources import SourceFile, show
 from engine.data.units import Slice, Unit, plan_units
@@ -86,6 +86,7 @@ class Reader:
             with open(piece.file.path, "rb", buffering=0) as stream:
                 raw = self._raw = Counted(stream, *self._bytes_of(piece, stream))
                 try:
+                    _check_suffix(piece, stream)
                     if piece.file.kind in ("prose", "code"):
                         yield self._whole(piece.file, piece.file.kind, raw)
                     else:
@@ -217,6 +218,15 @@ def check_bad_fraction(config: PrepareConfig, records: int, bad: int, first_bad:
             f"the first is {first_bad}",
             fix="Mend them, or raise --max_bad_fraction.",
         )
+
+
+def _check_suffix(piece: Slice, stream: io.RawIOBase) -> None:
+    """Refused where what should be text is a compressed file: one item, not a bad record for each of its lines."""
+    if piece.start == 0 and packing_of(piece.file.path) is None:
+        packing = packing_inside(os.pread(stream.fileno(), 10, 0))
+        if packing is not None:
+            fix = f"Give it a name that ends in {packing}."
+            raise Refused("wrong_suffix", f"holds {packing} data, whatever its name says", fix)
 
 
 _MISSING = object()

@@ -4,8 +4,8 @@
     OUTPUT/training.json    what it was trained on: settings, files, documents, bytes; the tokenizer's hash
     OUTPUT/quarantine.jsonl what could not be read
 
-Documents are repaired as in `prepare`, each taken once. Where there are more than ``sample_mb``, those with the smallest
-hashes are taken: the choice depends on their content alone, not on order or files.
+Documents are repaired as in `prepare`, each taken once. Where there are more than ``sample_mb``, those with the
+smallest hashes are taken: the choice depends on their content alone, not on order or files.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def _check_place(config: TrainTokenizerConfig) -> None:
         if not (output / TRAINING).is_file():
             raise UserError("exists and is no tokenizer of train-tokenizer", where=show(output), fix=fix)
         if not config.overwrite:
-            raise UserError("exists", where=show(output), fix="Replace it with --overwrite, or choose another --output.")
+            fix = "Replace it with --overwrite, or choose another --output."
+            raise UserError("exists", where=show(output), fix=fix)
 
 
 def _nothing(config: TrainTokenizerConfig, quarantine: Quarantine) -> UserError:

@@ -157,7 +157,7 @@ def run(
             if evaluate is not None and _due(state.step, cfg.evaluation.eval_steps, done):
                 row |= _validate(evaluate, state, saved_too=save_now)
             if row:
-                logger.log(state.step, row | ledger(state))
+                logger.log(state.step, {**row, **ledger(state)})
             logger.advance(state.step)
             if save_now:
                 save(state)

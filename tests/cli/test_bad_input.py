@@ -6,6 +6,7 @@ exit under a process group, a closed pipe) are real ones.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from engine.config.export import ExportConfig, ImportConfig
 from engine.config.inference import EvaluateConfig, GenerateConfig, ReportConfig
 from engine.config.pipeline import PipelineConfig
 from engine.config.prepare import PrepareConfig
+from engine.config.prepared_data import ExportDataConfig, MergeDataConfig
 from engine.config.tokenizer import TrainTokenizerConfig
 from engine.config.verify import VerifyConfig
 from engine.runtime import command
@@ -121,8 +123,9 @@ def foreign_data(place: Place) -> list[object]:
     """Data prepared with another tokenizer: in order in itself, but not the checkpoint's."""
     from engine.data.prepare import prepare
 
-    text = place.file("raw/a.txt", "Other words make other merges of bytes. " * 40)
-    text.with_name("b.txt").write_text("And a second document to hold out, of other words too. " * 40, encoding="utf-8")
+    text = place.file("raw/a.txt", " ".join(f"Other words make other merges of {i} bytes." for i in range(40)))
+    more = " ".join(f"And a second document to hold out, of word {i} too." for i in range(40))
+    text.with_name("b.txt").write_text(more, encoding="utf-8")
     prepare(PrepareConfig(input=[text.parent], output=place.tmp / "other", vocab_size=300, validation_fraction=0.5))
     return [place.tmp / "other"]
 
@@ -148,11 +151,23 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str, str]] = {
     "prepare: not JSON": (
         lambda p: ["prepare", "--input", p.file("j/a.jsonl", '{"text": "a"}\n[oops\n'), "--output", p.tmp / "o"],
         "/j/a.jsonl:2", "--max_bad_fraction"),
+    "prepare: cut short": (
+        lambda p: ["prepare", "--input", p.file("g/a.txt.gz", gzip.compress(b"text")[:-2]), "--output", p.tmp / "o"],
+        "/g/a.txt.gz: the .gz data end too early", "Fetch or pack it again"),
+    "prepare: no such collector": (
+        lambda p: ["prepare", "--input", "python:no_such_module:Pages", "--output", p.tmp / "o"],
+        "python:no_such_module:Pages: no module", "python:MODULE:CLASS"),
     "prepare: output is a file": (
         lambda p: ["prepare", "--input", p.file("in/a.txt"), "--output", p.file("o")], "/o: is a file", "--output"),
     "prepare: output inside a file": (
         lambda p: ["prepare", "--input", p.file("in/a.txt"), "--output", p.file("f") / "o"],
         "Not a directory", "choose another --output"),
+    "merge-data: another tokenizer": (
+        lambda p: ["merge-data", "--input", p.data, "--input", *foreign_data(p), "--output", p.tmp / "o"],
+        "/other: is of another tokenizer than", "--tokenizer"),
+    "export-data: not prepared": (
+        lambda p: ["export-data", "--data", p.folder("raw"), "--output", p.tmp / "o"],
+        "/raw: not a prepared directory", "Prepare it again"),
     "unknown command": (lambda p: ["pertrain"], "'pertrain'", "Did you mean pretrain?"),
     "unknown flag": (lambda p: p.train("--train.warm_up_steps", 3), "--train.warm_up_steps", "train.warmup_steps"),
     "unknown key in YAML": (
@@ -245,12 +260,15 @@ def test_a_bug_keeps_its_traceback():
 MODELS = dict.fromkeys(STAGES, Config) | {
     "prepare": PrepareConfig, "code-tasks": CodeTasksConfig, "train-tokenizer": TrainTokenizerConfig,
     "evaluate": EvaluateConfig, "generate": GenerateConfig,
+    "merge-data": MergeDataConfig, "export-data": ExportDataConfig,
     "report": ReportConfig, "verify-layout": VerifyConfig, "answer": AnswerConfig, "pipeline": PipelineConfig,
     "import": ImportConfig, "export": ExportConfig}
 REQUIRED = {stage: ["--init_from", "r"] for stage in STAGES} | {
             "import": ["--from", "d", "--output", "o"], "export": ["--checkpoint", "c", "--output", "o"],
             "prepare": ["--input", "a", "--input", "b", "--output", "o"],
             "train-tokenizer": ["--input", "a", "--output", "o"],
+            "merge-data": ["--input", "a", "--input", "b", "--output", "o"],
+            "export-data": ["--data", "a", "--output", "o"],
             "code-tasks": ["--input", "a", "--output", "o"], "pretrain": ["--seed=7", "data.path=d"],
             "evaluate": ["--checkpoint", "c"], "generate": ["--checkpoint", "c"], "report": ["--run", "r"],
             "verify-layout": ["--shrink", "--max_steps", "9"],

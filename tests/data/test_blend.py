@@ -55,6 +55,10 @@ def test_every_question_has_the_answer_of_the_queue(weights, first, count, data)
     given_before = [sum(source == i for source, _ in blocks[:first]) for i in range(len(weights))]
     assert _index.blend_counts(array(weights), first).tolist() == given_before
     assert _index.blend_rank(array(weights), *blocks[first]) == first
+    owns = [data.draw(st.integers(-1, 20)) for _ in weights]
+    coming = [(own * step + step // 2, source) for source, (own, step) in
+              enumerate(zip(owns, steps_of(weights), strict=True)) if own >= 0]
+    assert _index.blend_earliest(array(weights), array(owns)) == min(coming, default=(0, -1))[1]
 
 
 @pytest.mark.parametrize("weights", [[3, 5, 9], [1] * 7, [1, 2**40, 2**39], list(range(1, 41))])
@@ -153,8 +157,9 @@ def test_segments_go_on_with_each_sources_next_block():
     for blocks in range(34):
         assert index.counts(blocks).tolist() == [sum(s == i for s, _ in expected[:blocks]) for i in range(3)]
     segment = index.segments[2]
-    assert [segment.position_of(*pair) for pair in expected[13:]] == list(range(13, 33))
-    assert segment.position_of(0, 2**62) == NEVER
+    for place, (source, own) in enumerate(expected[13:], 14):
+        assert segment.first_end([own + 1 if source == number else NEVER for number in range(3)]) == place
+    assert segment.first_end([NEVER, 1, NEVER]) == segment.first_end([2**62 - 1, 1, NEVER]) == NEVER
     assert (index.segment_at(9).start, index.segment_at(10).start, index.segment_at(99).start) == (0, 10, 13)
 
 
@@ -208,6 +213,9 @@ def test_wrong_calls_are_refused():
         _index.blend_range(two, 0, -1)
     with pytest.raises(ValueError, match="one dimension"):
         _index.blend_locate(two, array([[1]]))
+    with pytest.raises(ValueError, match="differ in length"):
+        _index.blend_earliest(two, array([1]))
+    assert _index.blend_earliest(two, array([2**62, 2**63 - 1])) == -1
     assert _index.blend_rank(array([1, 2**61]), 0, 10**9) == NEVER
     assert _index.blend_rank(two, 0, 2**62) == NEVER
     assert _index.blend_rank(two, 1, 2**63 - 1) == NEVER

@@ -38,6 +38,12 @@ def numbers(found, cuts) -> list[tuple[int, int]]:
                     (starts[found["first_unit"]] + found["first_doc"].astype(int)).tolist(), strict=True))  # fmt: skip
 
 
+def alike(one, other, config) -> bool:
+    """By the byte that the files keep of each number; of numbers that differ one of 256 has the same."""
+    equal = (one * np.uint32(0x9E3779B1) >> 24) == (other * np.uint32(0x9E3779B1) >> 24)
+    return equal.mean() >= config.threshold + (1 - config.threshold) / 256 - 1e-6
+
+
 def plain(signatures, config, kept=None) -> list[tuple[int, int]]:
     """Every pair that shares a band and is alike enough; of these, in order, who goes and for whom."""
     bands, rows = config.split
@@ -48,7 +54,7 @@ def plain(signatures, config, kept=None) -> list[tuple[int, int]]:
             continue
         for earlier in stays:
             equal = mine == signatures[earlier]
-            if equal[: bands * rows].reshape(bands, rows).all(1).any() and equal.mean() >= config.threshold:
+            if alike(mine, signatures[earlier], config) and equal[: bands * rows].reshape(bands, rows).all(1).any():
                 found.append((later, earlier))
                 break
         else:
@@ -94,7 +100,7 @@ def test_keys_of_many_documents(tmp_path, count, originals):
     for later, earlier in found:
         assert earlier < later
         assert earlier not in gone
-        assert (signatures[later] == signatures[earlier]).mean() >= SMALL.threshold
+        assert alike(signatures[later], signatures[earlier], SMALL)
     assert len(found) >= 0.97 * len(plain(signatures, SMALL))
 
 

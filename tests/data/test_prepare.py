@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -364,7 +365,7 @@ def test_full_disk(corpus, limit, reached):
     ],
 )
 def test_kill_leaves_the_former_or_the_new_directory_whole(corpus, event, ending, vocab_size):
-    """SIGKILL just before the named step, the two renames of the replacement included."""
+    """SIGKILL just before the named step, the two renames of the replacement included; then the same once more."""
     prepare(settings(corpus))
     out = corpus.parent / "out"
     assert run(corpus, "--vocab_size", 300, kill=(event, ending)).returncode == -9
@@ -374,8 +375,14 @@ def test_kill_leaves_the_former_or_the_new_directory_whole(corpus, event, ending
     manifest = manifests.load(out)
     manifests.verify(out, manifest)
     assert manifest["vocab_size"] == vocab_size
-    prepare(settings(corpus, vocab_size=310, overwrite=True))
-    assert (manifests.load(out)["vocab_size"], leftovers(corpus)) == (310, [])
+    same = {"input": [corpus], "max_bad_fraction": 0.1, "vocab_size": 300}
+    lines = []
+    prepare(PrepareConfig(output=out, overwrite=True, **same), log=lines.append)
+    assert lines[0].startswith("goes on with what an earlier run finished") is (vocab_size == 400)
+    prepare(PrepareConfig(output=corpus.parent / "fresh", **same))
+    assert digests(out) == digests(corpus.parent / "fresh")
+    shutil.rmtree(corpus.parent / "fresh")
+    assert leftovers(corpus) == []
 
 
 def test_kill_between_the_two_renames_is_mended(corpus):

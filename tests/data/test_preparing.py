@@ -180,7 +180,7 @@ def test_a_stopped_run_goes_on(corpus):
             prepare(config(corpus), execute=stop_after(tasks))
         assert not out.exists()
         assert len(list(folder.glob("*/[0-9]*"))) == tasks
-        before = {path: path.stat().st_mtime_ns for path in folder.glob("*/[0-9]*/*") if path.name != "text"}
+        before = {path: path.stat().st_mtime_ns for path in folder.glob("*/[0-9]*/*.json")}
         said = []
         seen: dict[Path, int] = {}
 
@@ -267,8 +267,9 @@ def test_near_duplicates_go_whatever_the_units(corpus):
 
 
 MEASURE = """
-import json, resource, sys
+import json, os, resource, sys
 from pathlib import Path
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # threads take address space that is no memory
 from engine.config.prepare import PrepareConfig
 from engine.data.prepare import prepare
 
@@ -279,10 +280,10 @@ def peak():
 def run(name):
     folder = Path(sys.argv[1])
     return prepare(PrepareConfig(input=[folder / f"{name}.jsonl"], output=folder / name, unit_mb=1, workers=1,
-                                 vocab_size=300, tokenizer_sample_mb=0.1, near_dedup={}))
+                                 vocab_size=300, tokenizer_sample_mb=0.1))
 
 run("small")
-limit = peak() + 12_000_000
+limit = peak() + 8_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 print(json.dumps(run("large")["documents"]))
 """
@@ -291,17 +292,17 @@ print(json.dumps(run("large")["documents"]))
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """A corpus of five times the memory that the process may take beyond what one of 2 MB needs."""
     body = " ".join(sentence(number).strip() for number in range(10))
-    for name, count in (("small", 1000), ("large", 36_000)):
+    for name, count in (("small", 1000), ("large", 24_000)):
         with open(tmp_path / f"{name}.jsonl", "w") as lines:
             for number in range(count):
                 words = " ".join(str(number * step) for step in range(3, 30))
                 lines.write(json.dumps({"text": f"{words} {body[number % 100:]}"}) + "\n")
-    assert (tmp_path / "large.jsonl").stat().st_size > 60_000_000
+    assert (tmp_path / "large.jsonl").stat().st_size > 40_000_000
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": paths}, check=False)  # fmt: skip
+                          env=os.environ | {"PYTHONPATH": paths, "MALLOC_ARENA_MAX": "1"}, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["kept"] > 25_000
+    assert json.loads(done.stdout)["kept"] > 20_000
 
 
 COLLECTOR = '''
@@ -424,7 +425,7 @@ def naive_splits(keys: list[int], validation: float, test: float) -> list[int]:
 
 @given(
     st.lists(st.integers(0, 2**64 - 1), max_size=9), st.sampled_from([0, 1e-9, 0.1, 0.5]),
-    st.sampled_from([0, 1e-9, 0.2, 0.5]), st.integers(1, 4),
+    st.sampled_from([0, 1e-9, 0.2, 0.49]), st.integers(1, 4),
 )  # fmt: skip
 def test_no_split_is_empty_where_there_are_documents(keys, validation, test, units):
     options = PrepareConfig(input=["x"], output="y", validation_fraction=validation, test_fraction=test)
@@ -443,6 +444,11 @@ def test_no_split_is_empty_where_there_are_documents(keys, validation, test, uni
         assert splits.TRAIN in found
         assert (splits.VALIDATION in found) == (validation > 0 and len(keys) > 1) or validation == 0
         assert (splits.TEST in found) or test == 0 or len(keys) < 3
+
+
+def test_splits_must_leave_something_to_train_on():
+    with pytest.raises(UserError, match=r"test_fraction: 0\.5 and validation_fraction 0\.5 leave nothing to train on"):
+        PrepareConfig(input=["x"], output="y", validation_fraction=0.5, test_fraction=0.5)
 
 
 def test_the_test_split_is_stable_when_data_is_added(corpus):

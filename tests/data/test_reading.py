@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+from unittest.mock import patch
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from readings import config, read, tree
 
-from engine.data.quarantine import Quarantine
+from engine.data.formats import lines as json_lines
+from engine.data.quarantine import Quarantine, Refused
 from engine.data.reading import Reader
 from engine.data.sources import list_files
 from engine.errors import UserError
@@ -127,12 +131,35 @@ def test_text_field_and_threshold(tmp_path):
         reader.check_bad_fraction()
 
 
-def test_line_of_a_hundred_megabytes(tmp_path):
+@settings(deadline=None, max_examples=150)
+@given(sizes=st.lists(st.integers(0, 40), max_size=12), ended=st.booleans(), limit=st.integers(8, 30),
+       chunk=st.integers(1, 50), short=st.integers(1, 50))  # fmt: skip
+def test_lines_of_any_length_in_any_chunks(sizes, ended, limit, chunk, short):
+    """A line of exactly the limit is read, one byte more is too long, wherever the chunks cut it."""
+    found = [b'{"":"' + b"x" * (size - 7) + b'"}' if size >= 7 else b" " * size for size in sizes]
+    stream = io.BytesIO(b"\n".join(found) + b"\n" * ended)
+    with patch.object(json_lines, "CHUNK", chunk):
+        rows = list(json_lines.json_lines(lambda size: stream.read(min(size, short)), limit))
+    assert [(number, row.reason if isinstance(row, Refused) else len(row[""])) for number, row in rows] == [
+        (number, size - 7 if size <= limit else "line_too_long") for number, size in enumerate(sizes, 1) if size >= 7]
+
+
+@pytest.mark.parametrize("chunk", range(1, 30))
+def test_a_byte_order_mark_belongs_at_the_beginning_alone(chunk):
+    stream = io.BytesIO(b"\xef\xbb\xbf{}\n\xef\xbb\xbf{}\n{}")
+    with patch.object(json_lines, "CHUNK", chunk):
+        rows = list(json_lines.json_lines(stream.read, 100))
+    assert [(number, row if isinstance(row, dict) else row.reason) for number, row in rows] == [
+        (1, {}), (2, "not_json"), (3, {})]  # fmt: skip
+    behind = list(json_lines.json_lines(io.BytesIO(b"\xef\xbb\xbf{}").read, 100, first=False))
+    assert [row.reason for _, row in behind] == ["not_json"], "in a piece that does not begin its file"
+
+
+def test_a_line_of_many_megabytes(tmp_path):
     path = tmp_path / "a.jsonl"
-    with open(path, "wb") as stream:
-        stream.write(b'{"text": "before"}\n{"text": "' + b"x" * 100_000_000 + b'"}\n{"text": "after"}\n')
+    path.write_bytes(b'{"text": "before"}\n{"text": "' + b"x" * 20_000_000 + b'"}\n{"text": "after"}\n')
     documents, quarantine, _ = read(config(path, max_line_mb=10))
     assert documents == [(f"{path}:1", "before"), (f"{path}:3", "after")]
     assert [(item["line"], item["reason"]) for item in quarantine] == [(2, "line_too_long")]
     (_, (source, text), _), quarantine, _ = read(config(path))
-    assert (source, len(text), quarantine) == (f"{path}:2", 100_000_000, [])
+    assert (source, len(text), quarantine) == (f"{path}:2", 20_000_000, [])

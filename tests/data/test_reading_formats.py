@@ -7,11 +7,16 @@ import io
 import json
 import sys
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from readings import config, read, refused
 
-from engine.data.formats import tables
+from engine.data.formats import json_array, tables
+from engine.data.formats import lines as json_lines
+from engine.data.formats.opening import Stream
 from engine.data.sources import list_files
 from engine.data.units import plan_units
 from engine.errors import UserError
@@ -51,6 +56,20 @@ def test_json_of_every_shape(tmp_path, content, wanted):
     documents, quarantine, reader = read(config(path))
     assert (rows_of(documents), quarantine, reader.records) == (wanted, [], len(wanted))
     assert reader.sha256 == hashlib.sha256(content.encode()).hexdigest()
+
+
+@settings(deadline=None, max_examples=100)
+@given(blanks=st.lists(st.sampled_from(["", " ", " " * 11, "\r", "\t \t"]), max_size=4),
+       between=st.lists(st.lists(st.sampled_from(["", " " * 7]), max_size=3), min_size=1, max_size=4),
+       indent=st.integers(0, 7), chunk=st.integers(1, 12))  # fmt: skip
+def test_json_lines_in_a_json_file_have_their_numbers_in_any_chunks(blanks, between, indent, chunk):
+    lines = [*blanks]
+    for some in between:
+        lines += [" " * indent + '{"text": "a row"}', *some]
+    lines.append('{"text": "the last"}')
+    with patch.multiple(json_array, _CHUNK=chunk), patch.multiple(json_lines, CHUNK=chunk):
+        rows = list(json_array.json_rows(Stream(io.BytesIO("\n".join(lines).encode())), 100))  # type: ignore[arg-type]
+    assert rows == [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def test_text_inside_another_object_and_a_field_whose_name_has_a_dot(tmp_path):

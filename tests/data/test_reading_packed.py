@@ -65,11 +65,17 @@ def test_every_kind_is_the_same_packed(tmp_path, packing, name):
 @settings(deadline=None, max_examples=60)
 @given(members=st.lists(st.binary(max_size=300) | st.integers(0, 9).map(lambda n: bytes([n]) * 4_000), min_size=1,
                         max_size=4), zeros=st.integers(0, 3), packing=st.sampled_from(list(PACK)),
-       out=st.sampled_from([5, 700, 1 << 20]), feed=st.sampled_from([1, 9, 1 << 16]))  # fmt: skip
-def test_members_frames_and_padding_at_any_buffer_sizes(members, zeros, packing, out, feed):
+       out=st.sampled_from([5, 700, 1 << 20]), feed=st.sampled_from([1, 9, 1 << 16]),
+       zstd=st.sampled_from([1, 9, 512]))  # fmt: skip
+def test_members_frames_and_padding_at_any_buffer_sizes(members, zeros, packing, out, feed, zstd):
     raw = b"".join(PACK[packing](member) for member in members) + bytes(4 * zeros)
-    with patch.multiple(opening, _OUT=out, _IN=feed, _ZSTD_IN=feed):
+    with patch.multiple(opening, _OUT=out, _IN=feed, _ZSTD_IN=zstd):
         assert unpacked(raw, packing) == (b"".join(members), None)
+
+
+def test_an_xz_file_that_wants_too_much_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(opening, "_XZ_MEMORY", 1 << 20)
+    assert unpacked(PACK[".xz"](b"text"), ".xz") == (b"", "damaged")
 
 
 def test_a_frame_of_zstandard_that_is_to_be_skipped():
@@ -99,22 +105,38 @@ def test_a_flipped_bit_never_passes(packing):
 
 
 @packings
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+def test_a_packed_file_without_its_suffix_is_one_item(tmp_path, packing, name):
+    path = tmp_path / "in" / name
+    path.parent.mkdir()
+    path.write_bytes(PACK[packing](LINES))
+    documents, quarantine, reader = read(config(path.parent))
+    assert (documents, refused(quarantine), reader.records) == ([], [(None, "wrong_suffix")], 0)
+    assert reader.sha256 == hashlib.sha256(PACK[packing](LINES)).hexdigest()
+    with pytest.raises(UserError, match=rf"holds \{packing} data, .*\. Give it a name that ends in \{packing}\."):
+        read(config(path))
+    path.write_text("BZh9 is how this text begins\n")
+    assert name != "a.txt" or len(read(config(path))[0]) == 1
+
+
+@packings
 def test_what_is_broken_stays_broken(packing):
     """It is asked again: a line that was cut is given first, then the reason for it."""
     raw = PACK[packing](LINES[:3000])
-    for broken in (raw[:-9], raw[:-9] + b"\xff" * 9, raw + b"garbage"):
+    middle = raw[:60] + b"\xff" * 9 + raw[69:]
+    for broken in (raw[:-9], raw[:-9] + b"\xff" * 9, middle, raw + b"garbage"):
         stream, reasons = Unpacked(io.BytesIO(broken), packing), set()  # type: ignore[arg-type]
         while True:
             try:
                 if not stream.read(4000):
                     break
             except Refused as bad:
-                reasons.add(bad.reason)
+                reasons.add(str(bad))
                 break
         for _ in range(3):
             with pytest.raises(Refused) as again:
                 stream.read(4000)
-            reasons.add(again.value.reason)
+            reasons.add(str(again.value))
         assert len(reasons) == 1, reasons
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import unicodedata
+from collections import Counter
 
 import pytest
 import text_reference as reference
@@ -63,6 +64,21 @@ def test_what_is_no_text():
 def test_runs_across_blocks(size, char):
     for text in (char * size, "b" + char * size + "b", char * size + "\nwww.x " + char * size):
         assert counted(text) == reference.scan(text)
+
+
+@pytest.mark.parametrize("before", range(58, 68))
+def test_signs_across_blocks(before):
+    for sign in ("...", "....", "www.a", "https://a", "://", "ab", "\n\n", "\r\n", ". .."):
+        for rest in ("", " b" * 70):
+            text = "x" * (before - 1) + " " + sign + rest
+            assert counted(text) == reference.scan(text)
+
+
+def test_many_lines_and_lengths():
+    lines = [f"line {number} " + "y" * (number % 40) for number in range(1000)]
+    for text in ("\n".join(lines * 2), "\n\n".join([*lines, *lines[::3]])):
+        assert counted(text) == reference.scan(text)
+    assert [scan("z" * size).short_lines for size in (29, 30, 31)] == [1, 1, 0]
 
 
 def test_every_code_point():
@@ -132,24 +148,24 @@ def test_threads_do_not_meet():
 
 
 @settings(max_examples=200)
-@given(st.lists(st.sampled_from(["der", "Der", "the", "\u0434\u0430", "derr", "l'homme", "\u4e2d"]), max_size=20))
-def test_function_words(words):
-    text = " ".join(words)
-    scripts, total, hits, kinds = FunctionWords([["der", "Der", "\u0434\u0430"], ["the", "l"]]).hints(text)
-    found = reference.words_of(text)
-    assert total == len(found)
-    assert hits == [
-        sum(word in ("der", "Der", "\u0434\u0430") for word in found),
-        sum(w in ("the", "l") for w in found),
-    ]
-    assert kinds == [len({"der", "Der", "\u0434\u0430"} & {*found}), len({"the", "l"} & {*found})]
+@given(
+    st.lists(st.sampled_from(["der", "Der", "the", "\u0434\u0430", "derr", "l'homme", "\u4e2d"]), max_size=20),
+    st.integers(1, 9),
+)
+def test_function_words(words, times):
+    text, lists = " ".join(words * times), [{"der", "Der", "\u0434\u0430"}, {"the", "l"}]
+    scripts, total, hits, kinds = FunctionWords([sorted(words) for words in lists]).hints(text)
+    found = Counter(reference.words_of(text))
+    assert total == found.total()
+    assert hits == [sum(min(found[word], max(1, total // 32)) for word in words) for words in lists]
+    assert kinds == [len(words & set(found)) for words in lists]
     assert (scripts[2], scripts[10]) == (text.count("\u0434") + text.count("\u0430"), text.count("\u4e2d"))
     assert sum(scripts) == scan(text).letters
 
 
 def test_hints_are_of_the_beginning():
     scripts, words, hits, kinds = FunctionWords([["x"]]).hints("x " * 40_000)
-    assert (scripts[1], words, hits, kinds) == (32_768, 32_768, [32_768], [1])
+    assert (scripts[1], words, hits, kinds) == (32_768, 32_768, [1024], [1])
     with pytest.raises(ValueError, match="64"):
         FunctionWords([["a"]] * 65)
 

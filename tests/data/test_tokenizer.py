@@ -43,16 +43,20 @@ def sentencepiece_file(tmp_path_factory):
 
 
 # U+2581 is SentencePiece's space, U+2585 its end of a word.
-ODD = st.sampled_from(["\u2581", "\u2585", " ", "  ", "\t", "\n", "\r\n", "\0", "<0x41>", "<unk>", "<|mask|>", "\ufeff", "def"])
+ODD = st.sampled_from(
+    ["\u2581", "\u2585", " ", "  ", "\t", "\n", "\r\n", "\0", "<0x41>", "<unk>", "<|mask|>", "\ufeff", "def"]
+)
+KINDS = [BPE, UNIGRAM, SP_BPE, SP_UNIGRAM]
 
 
-@pytest.mark.parametrize("tokenizer", [BPE, UNIGRAM, SP_BPE, SP_UNIGRAM], ids=["bpe", "unigram", "sp-bpe", "sp-unigram"])
+@pytest.mark.parametrize("tokenizer", KINDS, ids=["bpe", "unigram", "sp-bpe", "sp-unigram"])
 @given(text=st.lists(st.one_of(st.text(), ODD)).map("".join))
 def test_round_trip_is_exact_for_any_text(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert all(tokenizer.vocab_size > token >= 16 for token in ids)
-    assert [found.tolist() for found in tokenizer.encode_packed([text, "", text], 2)] == [ids + ids, [len(ids), 0, len(ids)]]
+    packed, lengths = tokenizer.encode_packed([text, "", text], 2)
+    assert (packed.tolist(), lengths.tolist()) == (ids + ids, [len(ids), 0, len(ids)])
 
 
 def test_layout_of_a_trained_vocabulary():
@@ -87,7 +91,8 @@ def test_layout_of_a_trained_sentencepiece_model(tokenizer, tmp_path):
     # An unknown character is its bytes, a line's end too; what was learned is used.
     assert tokenizer.encode("\u5b57\n") == [25 + byte for byte in "\u5b57\n".encode()]
     assert len(tokenizer.encode("return a + b")) < 12
-    assert tokenizer.encode("a\u2581b") == [*tokenizer.encode("a"), *(25 + b for b in "\u2581".encode()), *tokenizer.encode("b")]
+    space = [25 + byte for byte in "\u2581".encode()]
+    assert tokenizer.encode("a\u2581b") == [*tokenizer.encode("a"), *space, *tokenizer.encode("b")]
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
     assert (again.sha256, again.encode(TEXTS[0])) == (tokenizer.sha256, tokenizer.encode(TEXTS[0]))
@@ -133,12 +138,14 @@ def test_training_gives_the_same_bytes_in_another_process():
         "import sys; sys.path[:0] = sys.argv[1:]\n"
         "from engine.data.tokenizer import train_tokenizer\n"
         f"texts = {TEXTS!r}\n"
-        "print([train_tokenizer(texts, 320, kind).sha256 for kind in ('bpe', 'unigram')] +\n"
-        "      [train_tokenizer(texts, 330, kind, specials=24, form='sentencepiece').sha256 for kind in ('bpe', 'unigram')])"
+        "made = [train_tokenizer(texts, 320, kind) for kind in ('bpe', 'unigram')]\n"
+        "made += [train_tokenizer(texts, 330, kind, specials=24, form='sentencepiece')\n"
+        "         for kind in ('bpe', 'unigram')]\n"
+        "print([one.sha256 for one in made])"
     )
     paths = [path for path in sys.path if path]
     found = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True).stdout
-    assert found.strip() == str([made.sha256 for made in (BPE, UNIGRAM, SP_BPE, SP_UNIGRAM)])
+    assert found.strip() == str([made.sha256 for made in KINDS])
 
 
 def test_identity_is_content_not_place(tmp_path):

@@ -20,14 +20,15 @@ def place(tmp_path):
     (tmp_path / "in").mkdir()
     for i, text in enumerate(TEXTS):
         (tmp_path / f"in/{i:03}.py").write_text(text)
-    rows = [json.dumps({"body": {"text": "cafe\u0301 \r\n words"}}), "{broken", json.dumps({"body": {"text": TEXTS[0]}})]
-    (tmp_path / "in/z.jsonl").write_text("\n".join(rows))
+    rows = [json.dumps({"body": {"text": text}}) for text in ("cafe\u0301 \r\n words", TEXTS[0])]
+    (tmp_path / "in/z.jsonl").write_text("\n".join([*rows, "{broken"]))
     return tmp_path
 
 
 def run(place, *words: object) -> int:
-    return cli.run(["train-tokenizer", "--input", str(place / "in"), "--output", str(place / "out"), "--vocab_size", "400",
-                    "--text_field", "body.text", "--max_bad_fraction", "0.5", *map(str, words)])
+    return cli.run(["train-tokenizer", "--input", str(place / "in"), "--output", str(place / "out"),
+                    "--vocab_size", "400", "--text_field", "body.text", "--max_bad_fraction", "0.5",
+                    *map(str, words)])  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])

@@ -66,6 +66,7 @@ def test_other_weights_hold_from_the_checkpoint_on_and_are_kept_for_later_starts
     state = pretrain.run(blend_config(both, tmp_path, (3, 1), train__max_steps=6))
     book, _ = found(tmp_path)
     assert [one["blocks"] for one in book["sources"]] == [6 + 6, 2 + 8 + 2]
+    assert state.blend is not None
     assert [one["start"] for one in state.blend["segments"]] == [0, 8, 16]
     saved = read_state(tmp_path / "checkpoints/iter_0000006")["train"]
     assert TrainState.from_dict(saved) == state

@@ -24,6 +24,8 @@ class Encoding:
 
         examples = cfg.examples
         self.pairs = pairs
+        self.made_of = (cfg, tokenizer_folder)  # for another process to make the same
+        self.workers = examples.workers
         self.tokenizer = load_tokenizer(tokenizer_folder)
         self.template = templates.load(examples.template, tokenizer_folder, self.tokenizer)
         self.encoder = encode.Encoder(
@@ -36,17 +38,19 @@ class Encoding:
         self.identity |= {"shared": examples.prefix_sharing} if pairs else {"supervise": examples.supervise}
 
     def read(self, source: Source, quarantine: Quarantine) -> Iterator[Example | Pair]:
-        """Of every row of a source; a row that gives none is noted in the quarantine. Raises ``UserError``."""
-        from engine.data.chat import formats, rows
-        from engine.data.chat.conversation import BadRow
+        """Of every row of a source; a row that gives none is noted in the quarantine. Raises ``UserError``.
 
-        for place, row in rows.read(source, quarantine):
-            try:
-                item = self._encoded(formats.parse(row, source.format))
-            except BadRow as bad:
-                rows.refuse(quarantine, place, bad.reason, bad.detail, row)
-            else:
-                yield item
+        The order, and what is noted, are the same for any number of ``examples.workers``.
+        """
+        from engine.data.examples import parallel
+
+        yield from parallel.encoded(self, source, quarantine)
+
+    def encode(self, row: Any, format: str) -> Example | Pair:
+        """Of one row. Raises ``BadRow`` where it gives none."""
+        from engine.data.chat import formats
+
+        return self._encoded(formats.parse(row, format))
 
     def _encoded(self, parsed: Any) -> Example | Pair:
         from engine.data.chat.conversation import BadRow, Preference

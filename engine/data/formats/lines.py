@@ -79,7 +79,7 @@ def json_lines(read: Callable[[int], bytes], limit: int, *, first: bool = True) 
 
 def _slow(raw: bytes) -> object:
     try:
-        return parse_json(decode_utf8(raw).rstrip("\r\n"))
+        return parse_json(decode_utf8(raw))
     except Refused as bad:
         return Refused(bad.reason, bad.detail, bad.fix, raw)
 

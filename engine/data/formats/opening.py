@@ -37,6 +37,15 @@ def packing_of(path: Path) -> str | None:
     return suffix if suffix in PACKED else None
 
 
+def packing_inside(head: bytes) -> str | None:
+    """The suffix that a file beginning with these 10 bytes should have, if it is compressed after all."""
+    for packing, magics in _MAGIC.items():
+        # "BZh" alone may begin a text; the others are no UTF-8.
+        if head.startswith(magics) and (packing != ".bz2" or head[4:10] == b"1AY&SY"):
+            return packing
+    return None
+
+
 class Counted(io.RawIOBase):
     """The bytes from ``start`` to ``end`` of a file; what was read is counted in ``size`` and hashed."""
 
@@ -222,9 +231,8 @@ class _Zlib(_Member):
         self._one = zlib.decompressobj(wbits=31)
 
     def step(self, data: bytes) -> tuple[bytes, bytes, bool]:
+        # What waits inside when all input is taken comes before the checksum, so there is input to come.
         output = self._one.decompress(data, _OUT)
-        # Output may wait inside though all input is taken; another call without input gives it.
-        self.wants_input = len(output) < _OUT
         return output, self._one.unused_data if self._one.eof else self._one.unconsumed_tail, self._one.eof
 
 

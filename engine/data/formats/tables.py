@@ -120,7 +120,9 @@ def parquet_rows(path: Path, start: int = 0, end: int | None = None, column: str
             source: Any = path
             if packing_of(path):  # read from its end, which a compressed file has only when it was unpacked
                 source = _unpacked(path, stack)
-            file = stack.enter_context(pyarrow.parquet.ParquetFile(source, buffer_size=_PAGES))
+            # Ahead is a whole row group by now: 116 MB of buffers where this takes 15.
+            reader = pyarrow.parquet.ParquetFile(source, buffer_size=_PAGES, pre_buffer=False)
+            file = stack.enter_context(reader)
             columns = None if column is None else [_column(file.schema_arrow.names, column)]
             groups, first, rows = [], 0, 0
             for number in range(file.num_row_groups):

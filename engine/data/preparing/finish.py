@@ -144,18 +144,18 @@ def _write_shards(job: Job, path: Path) -> None:
 
 def assemble(job: Job) -> Path:
     """Moves what is published together and returns the folder. What a kill left half done a second call finishes."""
-    folder, done = job.folder / f"{OUTPUT}.tmp", job.folder / OUTPUT
-    if done.is_dir():
-        return done
-    folder.mkdir(exist_ok=True)
-    for source, target in _moves(job, folder):
-        if source.exists():
-            os.rename(source, target)
-    shutil.copytree(job.place(tokens.TOKENIZER, 0) / "model", folder / "tokenizer", dirs_exist_ok=True)
-    for name in (manifests.SOURCES, manifests.SHARDS, manifests.QUARANTINE, manifests.MANIFEST):
-        shutil.copyfile(job.place(NAME, 0) / name, folder / name)
+    done = job.folder / OUTPUT
+    if not done.is_dir():
+        folder = job.folder / f"{OUTPUT}.tmp"
+        folder.mkdir(exist_ok=True)
+        for source, target in _moves(job, folder):
+            if source.exists():
+                os.rename(source, target)
+        shutil.copytree(job.place(tokens.TOKENIZER, 0) / "model", folder / "tokenizer", dirs_exist_ok=True)
+        for name in (manifests.SOURCES, manifests.SHARDS, manifests.QUARANTINE, manifests.MANIFEST):
+            shutil.copyfile(job.place(NAME, 0) / name, folder / name)
+        os.rename(folder, done)
     (job.folder / ASSEMBLED).touch()
-    os.rename(folder, done)
     return done
 
 

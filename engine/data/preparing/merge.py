@@ -97,6 +97,12 @@ def report_of(job: Job, group: int) -> dict[str, Any]:
     return job.read_json(MERGE, group, "report.json")
 
 
+def joined(job: Job, task: int) -> list[Path]:
+    """The pairs, without suffix, that are in the shard of this task and are published nowhere else."""
+    mine = groups(job)[task]
+    return [_pair(job, unit, mine.split) for unit in mine.units] if len(mine.units) > 1 else []
+
+
 def _pair(job: Job, unit: int, split: str) -> Path:
     return job.place(tokens.TOKENIZE, unit) / split
 

@@ -64,6 +64,12 @@ def _drop_text(job: Job, task: int) -> None:
     (job.place(read.NAME, task) / "text").unlink(missing_ok=True)
 
 
+def _drop_joined(job: Job, task: int) -> None:
+    for pair in merge.joined(job, task):
+        for end in ("bin", "idx"):
+            Path(f"{pair}.{end}").unlink(missing_ok=True)
+
+
 STEPS: tuple[Step, ...] = (
     Step(read.NAME, _units, read.work, size=lambda job: job.size),
     Step(duplicates.EXACT, duplicates.exact_tasks, duplicates.exact),
@@ -75,7 +81,7 @@ STEPS: tuple[Step, ...] = (
     Step(tokens.TOKENIZER, _one, tokens.tokenizer),
     Step(tokens.TOKENIZE, _units, tokens.tokenize, size=lambda job: count.choice_of(job)["bytes"], spent=_drop_text),
     Step(merge.GROUP, _one, merge.group),
-    Step(merge.MERGE, lambda job: len(merge.groups(job)), merge.merge),
+    Step(merge.MERGE, lambda job: len(merge.groups(job)), merge.merge, spent=_drop_joined),
     Step(finish.NAME, _one, finish.work),
 )
 
