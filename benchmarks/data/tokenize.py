@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def _batches(folder: Path, at_most: int | None = None) -> list[list[str]]:
     return batches
 
 
-def _timed(encode: Callable[[list[str]], object], ids_of: Callable[[object], np.ndarray], folder: Path) -> Callable:
+def _timed(encode: Callable[[list[str]], Any], ids_of: Callable[[Any], np.ndarray], folder: Path) -> Callable:
     batches = _batches(folder)
 
     def work() -> dict:

@@ -34,7 +34,7 @@ inline uint64_t hash_bytes(const void* bytes, int64_t size) {
             a = load<uint32_t>(data);
             b = load<uint32_t>(data + size - 4);
         } else if (size > 0) {
-            a = static_cast<uint8_t>(data[0]) | load<uint8_t>(data + size / 2) << 8 | load<uint8_t>(data + size - 1) << 16;
+            a = load<uint8_t>(data) | load<uint8_t>(data + size / 2) << 8 | load<uint8_t>(data + size - 1) << 16;
         }
     } else {
         for (; size > 16; size -= 16, data += 16)

@@ -29,8 +29,10 @@ std::vector<uint64_t> powers_to(int n) {
 
 }  // namespace
 
-Leaks::Leaks(int n, int shortest) : n_(n), shortest_(shortest), has_length_(static_cast<size_t>(std::max(n, 0)) + 1, 0) {
-    if (n < 1 || n > 1000 || shortest < 1 || shortest > n) throw std::invalid_argument("need 1 <= shortest <= n <= 1000");
+Leaks::Leaks(int n, int shortest)
+    : n_(n), shortest_(shortest), has_length_(static_cast<size_t>(std::max(n, 0)) + 1, 0) {
+    if (n < 1 || n > 1000 || shortest < 1 || shortest > n)
+        throw std::invalid_argument("need 1 <= shortest <= n <= 1000");
 }
 
 int64_t Leaks::add(const Text& text, int set) {

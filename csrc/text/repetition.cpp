@@ -67,7 +67,8 @@ Repetition repetition(const Text& text, const std::vector<int>& top, const std::
     for (const auto* sizes : {&top, &duplicate})
         for (const int n : *sizes)
             if (n < 1 || n > 64) throw std::invalid_argument("n-grams have 1 to 64 words");
-    const Words words = with_width(text, [&](const auto* data, int64_t size) { return words_of(data, size, text.ascii); });
+    const Words words =
+        with_width(text, [&](const auto* data, int64_t size) { return words_of(data, size, text.ascii); });
     Repetition result;
     Counts counts;
     result.characters = words.before.back();

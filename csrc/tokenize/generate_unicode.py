@@ -20,7 +20,8 @@ from tokenizers import AddedToken, Regex, models, pre_tokenizers
 # One bit each; unicode.hpp names them.
 CLASSES = [r"[\p{Lu}\p{Lt}]", r"\p{Ll}", r"[\p{Lm}\p{Lo}]", r"\p{N}", r"\s", r"\p{M}", r"[\p{P}\p{S}]"]
 WORD = 1 << len(CLASSES)
-MAYBE, NEVER, DIGIT, COMPOSED = 0x100, 0x200, 0x400, 0x800  # of the second table; below them the canonical combining class
+# Of the second table; below them the canonical combining class.
+MAYBE, NEVER, DIGIT, COMPOSED = 0x100, 0x200, 0x400, 0x800
 POINTS = [*range(0xD800), *range(0xE000, 0x110000)]
 FILE = Path(__file__).with_name("unicode_tables.inc")
 
@@ -58,8 +59,7 @@ def digits() -> set[int]:
 
 
 def more() -> list[int]:
-    """Combining class of each code point, with MAYBE (it may compose with what stands before), NEVER in NFC text or
-    COMPOSED (of a letter and marks, say), and DIGIT for those that only the `Digits` pre-tokenizer takes for a number."""
+    """`normal_forms`, and DIGIT for those that only the `Digits` pre-tokenizer takes for a number."""
     numbers = {point for point, bits in enumerate(classes()) if bits & 1 << CLASSES.index(r"\p{N}")}
     assert numbers <= digits(), "a number that Digits does not know: DigitsGpt2 in split.hpp relies on it"
     found = normal_forms()
@@ -69,7 +69,8 @@ def more() -> list[int]:
 
 
 def normal_forms() -> list[int]:
-    """Combining class of each code point, with MAYBE, NEVER, COMPOSED."""
+    """Combining class of each code point, with MAYBE (it may compose with what stands before), NEVER in NFC text, or
+    COMPOSED (of a letter and marks, say)."""
     seconds = {second for _, second, _ in compositions()} | {*range(0x1161, 0x1176), *range(0x11A8, 0x11C3)}
     found = [0] * 0x110000
     for point in POINTS:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from engine.config.base import Problem, Section, option
 from engine.config.cleaning import CleaningConfig, DecontaminationConfig, PersonalDataConfig
+from engine.config.cluster import ClusterConfig
 from engine.config.near_dedup import NearDedupConfig
 
 # The trained vocabulary before the first merge: all 256 bytes.
@@ -28,6 +29,10 @@ class PrepareConfig(Section):
     seed: int = option(1234, "seed of the train/validation/test split", ge=0)
 
     workers: int = option(0, "processes; 0 takes the available cores, or one where the input is small", ge=0)
+    executor: Literal["local", "datatrove", "slurm", "ray"] = option(
+        "local", "what does the work: processes here, datatrove's local executor, jobs on Slurm, tasks on Ray"
+    )
+    cluster: ClusterConfig = option(ClusterConfig, "what the executors beyond local reserve")
     unit_mb: float = option(64, "input that is one piece of work; a killed run loses no more a worker", "MB", gt=0)
     shards: Literal["auto", "one", "many"] = option(
         "auto", "files a split is written as: one pair, one of each unit (nothing is copied), or of shard_gb each"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -49,10 +50,19 @@ class Change:
 
 
 def token_weights(sources: Sequence[Source], weights: Sequence[float | None] | None, by: str) -> tuple[float, ...]:
-    """Weights as shares of tokens. ``by`` "documents": they are shares of documents. None: in proportion to sizes."""
+    """Weights as shares of tokens. ``by`` "documents": they are shares of documents. None: in proportion to sizes.
+
+    UserError for a weight that is none, or where none is above 0.
+    """
     if weights is None or None in weights:
         return tuple(float(source.blocks) for source in sources)
     given = [float(weight) for weight in weights if weight is not None]
+    for place, weight in enumerate(given):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"{weight} is no weight", where=f"data.blend[{place}].weight",
+                            fix="Give a number that is not negative")
+    if not any(given):
+        raise UserError("no source has a weight above 0", where="data.blend", fix="Give at least one a positive weight")
     if by == "tokens":
         return tuple(given)
     return tuple(weight * source.tokens / max(1, source.documents)
@@ -91,9 +101,11 @@ class Wanted:
                           index.blocks_per_epoch, limit)
                    for path, index, limit in zip(self.paths, indices, self.max_epochs, strict=True)]
         changes = [Change(begin, token_weights(sources, weights, self.by)) for begin, weights in self.weights]
+        if record is None or position == 0:  # from the beginning, or as if it had been: no record, no other past
+            step, position, record = 0, 0, None
         done = position - self.tokens_before(step)  # 0, but where the schedules have changed since
         return BlendPlan(sources, changes, seq_length=indices[0].seq_length, seed=indices[0].seed, step=step,
-                         position=position, record=record if position else None,
+                         position=position, record=record,
                          position_of=lambda at: done + self.tokens_before(at))
 
 

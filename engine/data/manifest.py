@@ -31,7 +31,7 @@ _AGAIN = "Prepare it again with --overwrite."
 # These say where to look, and what was found is compared itself; or they change nothing in the output.
 _NOT_COMPARED = {"input", "output", "overwrite", "exclude", "include_hidden", "follow_symlinks"}
 # Of no consequence for what is written.
-_NOT_SETTINGS = {"input", "output", "overwrite", "workers"}
+_NOT_SETTINGS = {"input", "output", "overwrite", "workers", "executor", "cluster"}
 
 # (number of the input, path below it, where in the file it starts) -> SHA-256
 Sources = dict[tuple[int, str, int], str]

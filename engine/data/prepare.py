@@ -166,8 +166,12 @@ def main(argv: list[str]) -> int:
     from engine.config import parse
 
     config = parse(PrepareConfig, argv, prog="mainspring prepare")
+    from engine.data.cluster import executors
+
     console = Console()
-    manifest = prepare(config, log=console.log, progress=console.progress)
+    if config.executor == "slurm":
+        return executors.on_slurm(config, console.log)
+    manifest = prepare(config, log=console.log, progress=console.progress, execute=executors.executor(config))
     for split, numbers in manifest["splits"].items():
         print(f"{split}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens")
     vocabulary = f"vocabulary {manifest['vocab_size']:,}, tokenizer {manifest['tokenizer_sha256'][:12]}"

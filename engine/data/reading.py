@@ -86,7 +86,7 @@ class Reader:
             with open(piece.file.path, "rb", buffering=0) as stream:
                 raw = self._raw = Counted(stream, *self._bytes_of(piece, stream))
                 try:
-                    _check_suffix(piece, stream)
+                    _check_suffix(piece.file, stream)
                     if piece.file.kind in ("prose", "code"):
                         yield self._whole(piece.file, piece.file.kind, raw)
                     else:
@@ -220,9 +220,9 @@ def check_bad_fraction(config: PrepareConfig, records: int, bad: int, first_bad:
         )
 
 
-def _check_suffix(piece: Slice, stream: io.RawIOBase) -> None:
+def _check_suffix(file: SourceFile, stream: io.RawIOBase) -> None:
     """Refused where what should be text is a compressed file: one item, not a bad record for each of its lines."""
-    if piece.start == 0 and packing_of(piece.file.path) is None:
+    if packing_of(file.path) is None:
         packing = packing_inside(os.pread(stream.fileno(), 10, 0))
         if packing is not None:
             fix = f"Give it a name that ends in {packing}."

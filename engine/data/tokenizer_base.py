@@ -49,7 +49,8 @@ class Tokenizer(ABC):
         """(ids of all texts one after another int32 [total], how many of each int64 [n]): those of `encode_batch`.
 
         ``end``: an id to put behind each text, counted with it (``eod_id``, say). ``threads`` 0: the available cores;
-        the result does not depend on it. Bytes must be UTF-8. Raises UserError for text that is not.
+        the result does not depend on it (the library, where ``fast`` is false, takes one core or all). Bytes must be
+        UTF-8. Raises UserError for text that is not.
         """
         with packed.utf8():
             return packed.pack(self._encode_on(packed.as_str(texts), threads), end)

@@ -74,6 +74,10 @@ class HuggingFaceTokenizer(Tokenizer):
         encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
+    def _encode_on(self, texts: list[str], threads: int) -> list[list[int]]:
+        # A batch takes all cores, which is not what a worker process among others is to do.
+        return [self.encode(text) for text in texts] if threads == 1 else self.encode_batch(texts)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(ids), skip_special_tokens=False)
 

@@ -71,7 +71,7 @@ def plan_units(listing: Listing, config: PrepareConfig) -> list[Unit]:
     Raises:
         UserError: a Parquet or Arrow file, and no pyarrow to read it.
     """
-    limit = max(1, int(config.unit_mb * 1e6))
+    limit = max(1, round(config.unit_mb * 1e6))
     units: list[Unit] = []
     pieces: list[Slice] = []
     filled = 0

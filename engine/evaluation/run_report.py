@@ -189,7 +189,7 @@ def bare(column: str) -> str:
 
 def charts(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> str:
     """A chart for each metric, training and validation in one; with the bound of the gate that reads it."""
-    columns = {column for row in rows for column in row if "/" in column and not column.startswith("data/")}  # a ledger
+    columns = {column for row in rows for column in row if "/" in column and not column.startswith("data/")}
     names = {bare(column) for column in columns}
     names -= {"accuracy"} if "rewards/accuracies" in names else set()  # of pairs they are the same
     levels = {bare(gate["metric"]): next(iter(gate["bounds"].values())) for gate in found

@@ -16,6 +16,9 @@ val/* are plain cross-entropy always. Of models with experts, over the global ba
     train/z_loss              mean square of the log of the summed exponentials of router logits, mean over layers
     train/expert_load_max     tokens of the busiest expert over those of an even spread, in the worst layer
 
+And of what was read up to the step, by source (data_ledger.json has more): data/NAME/tokens and data/NAME/epochs, or
+data/epochs where there is one source.
+
 metrics.jsonl is the source of truth: one object a line, ``step`` first. JSON has no NaN or infinity, so those are
 written as the strings "NaN", "Infinity" and "-Infinity", which ``float()`` in Python and ``Number()`` in JavaScript
 read back (null would not say which of them it was). metrics.csv is rewritten from it at a resume, and whenever a new

@@ -88,11 +88,18 @@ def test_a_range_over_many_starts_is_the_same_with_any_number_of_threads():
         np.testing.assert_array_equal(np.stack(other), np.stack([source, own]))
     expected = reference(weights.tolist(), 200_007)
     assert list(zip(source[:200_000].tolist(), own[:200_000].tolist(), strict=True)) == expected[7:]
-    located = _index.blend_locate(weights, np.arange(7, 300_007))  # one walk, longer than what a start is good for
-    np.testing.assert_array_equal(np.stack(located), np.stack([source, own]))
 
 
-@settings(max_examples=100, deadline=None)
+def test_a_walk_longer_than_what_one_start_is_good_for():
+    """The second source comes every 2^21 blocks: beyond what the 64-bit times of a range reach."""
+    weights, blocks = array([2**40, 2**19]), 2**21 + 10
+    located = _index.blend_locate(weights, np.arange(blocks))
+    np.testing.assert_array_equal(np.stack(located), np.stack(_index.blend_range(weights, 0, blocks, 1)))
+    assert np.flatnonzero(located[0]).tolist() == [_index.blend_rank(weights, 1, 0)]
+    assert abs(_index.blend_rank(weights, 1, 1) - 3 * 2**20) < 4
+
+
+@settings(max_examples=40, deadline=None)
 @given(mixtures)
 def test_no_count_is_further_from_its_share_than_the_bound(weights):
     """The bound of csrc/index/blend.hpp, after every one of the first blocks, in exact fractions."""
@@ -216,6 +223,8 @@ def test_wrong_calls_are_refused():
     with pytest.raises(ValueError, match="differ in length"):
         _index.blend_earliest(two, array([1]))
     assert _index.blend_earliest(two, array([2**62, 2**63 - 1])) == -1
-    assert _index.blend_rank(array([1, 2**61]), 0, 10**9) == NEVER
+    for own in (10**9, 2**27):  # the latter's time is a small one in 128 bits
+        assert _index.blend_rank(array([1, 2**61]), 0, own) == NEVER
+        assert _index.blend_earliest(array([1, 2**61]), array([own, -1])) == -1
     assert _index.blend_rank(two, 0, 2**62) == NEVER
     assert _index.blend_rank(two, 1, 2**63 - 1) == NEVER

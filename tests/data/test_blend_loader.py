@@ -70,6 +70,7 @@ def test_a_run_stopped_at_any_step_reads_what_one_that_never_stopped_reads(folde
         assert before + after == whole
         assert again == given
         assert len(notes) == (stop == 7)  # where the change is just then
+        assert run(cfg, first=stop)[0] == after  # without a record: what the configuration makes of it from the start
     tokens = np.array([token for rows in whole for row, _ in rows for token in row[0]])
     assert [one.tokens for one in given] == [int((tokens // 1000 == number).sum()) for number in range(3)]
 
@@ -100,6 +101,19 @@ def test_a_resumed_run_with_other_weights_goes_on_with_each_sources_next_block(f
     assert len(rows) == len(set(rows)) == 48
     again, _, _, _ = run(blend_of(folders, changes=(), **steps), first=12, last=13, record=record)
     assert tuple(again[0][0][0][0]) not in rows
+
+
+def test_a_step_means_the_position_that_the_run_comes_to_it_at(folders):
+    """Resumed with other batches, a change still holds from its step on; before anything was read all is new."""
+    plain = {"batch_size_schedule": None, "seq_length_schedule": []}
+    _, record, _, _ = run(blend_of(folders, changes=(), global_batch_size=4, **plain), last=4)
+    changed = blend_of(folders, changes=[(6, [0, 0, 1])], global_batch_size=2, **plain)
+    with loader_module.build(changed, "train", dp_rank=0, dp_size=1) as loader:
+        loader.begin(steps=20, step=4, position=4 * 4 * S, record=record)
+        assert [one.start for one in loader.plan.index.segments] == [0, 20]  # 4 steps of 4 rows, then 2 of 2
+        fresh = loader.plan.record(0)
+        assert loader.begin(steps=20, record=fresh | {"seed": 5}) == ()
+        assert [one.start for one in loader.plan.index.segments] == [0, 12]
 
 
 def test_sources_that_do_not_last_are_an_error_before_the_first_step(folders):

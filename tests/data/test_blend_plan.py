@@ -219,6 +219,10 @@ def test_a_source_that_returns_goes_on_where_it_stopped_and_copies_keep_apart():
     again = plan_of(Start(twins[::-1], [Change(0, (1, 3))], 0), 8, 80, record)
     assert again.notes == []
     assert [one.path for one in again.sources] == ["data/a", "copy"]
+    moved = [twins[0], dataclasses.replace(twins[1], path="elsewhere")]
+    again = plan_of(Start(moved, [Change(0, (3, 1))], 0), 8, 80, record)
+    assert again.notes == []
+    assert [one.path for one in again.sources] == ["data/a", "elsewhere"]
 
 
 def test_other_blocks_are_refused_with_the_way_out():

@@ -10,6 +10,7 @@ import text_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine._text import scan
 from engine.config.cleaning import CleaningConfig
 from engine.data import cleaning_rules
 from engine.data.cleaning import RULES, Cleaner, CleaningReport, Limits, repair, rules_of, select_rules
@@ -69,8 +70,10 @@ def lines(count: int, repeated: int) -> str:
         ("unreadable", "code", "\ufffd" * 11 + "a" * 89, "\ufffd" * 10 + "a" * 90),
         ("few_letters", "prose", "abcd 12345678 90 123", "abcde 1234567890 12345"),
         ("few_letters", "prose", "12 34 56 78 90 12 34 56", "12 天地玄黄 宇宙洪荒 日月盈昃"),
+        ("few_letters", "prose", "a" * 24 + " " + "1" * 73, "a" * 25 + " " + "1" * 75),
         ("mostly_links", "prose", "see https://example.com/page now", "see this other page https://example.com/"),
         ("repeated_lines", "prose", lines(20, 11), lines(20, 10)),
+        ("repeated_lines", "prose", lines(10, 9), lines(9, 8)),
         ("minified", "code", "a = 1; " * 71 + "b = 2", "a = 1; " * 71 + "b=2"),
     ],
 )
@@ -218,6 +221,16 @@ def test_paragraphs_that_stood_before():
     config = CleaningConfig(quality="gopher")
     assert dropped_by(f"{first}\n\n{last}", config) == "gopher_paragraphs"
     assert dropped_by(f"{first}\n\n{last}".replace("\n\n", "\n"), config) is None
+
+
+@settings(max_examples=200)
+@given(st.lists(st.sampled_from(["a", "bb", "ccc", "dddd", *NUMBERS[:25]]), max_size=60))
+def test_gopher_repetition_keeps_the_published_limits(words):
+    text = " ".join(words)
+    total, top, duplicate = reference.repetition(text, [2, 3, 4], [5, 6, 7, 8, 9, 10])
+    limits = [0.20, 0.18, 0.16, 0.15, 0.14, 0.13, 0.12, 0.11, 0.10]
+    expected = any(found > limit * total for found, limit in zip(top + duplicate, limits, strict=True))
+    assert cleaning_rules.Page(text, scan(text), Limits()).gopher_repetition == expected
 
 
 def test_number_of_addresses():

@@ -25,6 +25,7 @@ FURNITURE = {
     "« Previous Post": "navigation",
     "Home | About Us | News | Contact": "navigation",
     "home › products › sign in": "navigation",
+    "Home | Our Mill | Contact | Visit": "navigation",
     "Home    Blog    Privacy Policy": "navigation",
     "Share this:": "share",
     "Share on Facebook": "share",
@@ -44,7 +45,8 @@ TEXT = [
     "log in", "register.", "Search", "print.", "like this:", "share this", "next page",
     "You can log in with your password, or sign up.",
     "JavaScript is a language; JavaScript engines compile it.",
-    "| Home | Contact | Login |", "Name | Home | Age", "home, contact, login", "at home  I contact  him",
+    "| Home | Contact | Login |", "Name | Home | Age", "Home | Mill | Contact | Rain | Sun",
+    "home, contact, login", "at home  I contact  him",
     "The symbol © stands for copyright.", "He reserved all rights.", "All rights reserved for the poor, he said",
     "This website uses cookies" + " and more" * 30,
     "", "   ", ">>> x", "- Read", "...",
@@ -231,7 +233,8 @@ def test_language(language):
 @pytest.mark.parametrize(
     "text",
     ["", "Bonjour le monde", "Müller, Schmidt, Meyer und Söhne", "int main(void) { return 0; } " * 20, "12345 " * 50,
-     "Привет", "Jean-Luc de la Tour, Maria da Silva, Jan van den Berg\n" * 2],
+     "Привет", "Der Regen fiel auf das Dach, und die Bewohner sahen nach den undichten Stellen.",
+     "Jean-Luc de la Tour, Maria da Silva, Jan van den Berg\n" * 2],
 )  # fmt: skip
 def test_unsure_is_not_plain(text):
     assert not guess(text).plainly_none_of(["en"])

@@ -15,7 +15,7 @@ from engine.errors import UserError
 
 def sources(folder: Path, pairs: bool) -> list[dict]:
     """Two files; rows that are refused in reading (not JSON), and in encoding, between good ones and at both ends."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for name in ("a", "b"):
         lines = ["{oops"]
         for number in range(150):
@@ -31,7 +31,7 @@ def sources(folder: Path, pairs: bool) -> list[dict]:
 
 def made(corpus: Path, folder: Path, pairs: bool, workers: int) -> dict[str, bytes]:
     """The entry's files."""
-    examples = {"train": sources(folder / "rows", pairs), "template": "alpaca", "tokenizer": corpus / "tokenizer",
+    examples = {"train": sources(folder.parent / "rows", pairs), "template": "alpaca", "tokenizer": corpus / "tokenizer",
                 "cache_dir": folder / "cache", "max_bad_fraction": 0.5, "validation_fraction": 0.2,
                 "workers": workers}  # fmt: skip
     cfg = tiny.config(corpus, folder / "run", model__seq_length=192,
@@ -39,7 +39,7 @@ def made(corpus: Path, folder: Path, pairs: bool, workers: int) -> dict[str, byt
     (entry,) = build.build_entries(cfg, corpus / "tokenizer", "train", pairs=pairs)
     assert entry.manifest["rows"] == 2 * (150 + 2 * 9 + 3)
     assert sum(split["examples"] for split in entry.manifest["splits"].values()) == 300
-    return {path.name: path.read_bytes().replace(str(folder).encode(), b"") for path in entry.folder.iterdir()}
+    return {path.name: path.read_bytes() for path in entry.folder.iterdir()}
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -69,7 +69,7 @@ def test_a_process_that_dies_is_one_line_and_leaves_nothing(corpus, tmp_path, pr
     monkeypatch.setattr(parallel, "ALONE_BATCHES", 0)
     monkeypatch.setattr(parallel, "command", lambda: [sys.executable, "-c", program])
     with pytest.raises(UserError) as caught:
-        made(corpus, tmp_path, pairs=False, workers=2)
+        made(corpus, tmp_path / "own", pairs=False, workers=2)
     assert str(caught.value) == (f"examples: a process that tokenizes examples died ({how}). Start it again; less memory "
                                  "is needed with fewer examples.workers")  # fmt: skip
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert [path.suffix for path in (tmp_path / "own/cache").iterdir()] == [".lock"]

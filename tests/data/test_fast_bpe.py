@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import threading
 import time
 import unicodedata
 from collections.abc import Callable
-from itertools import chain
+from itertools import accumulate, chain, product
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ patterns = pytest.mark.parametrize("ours", PATTERNS.values(), ids=PATTERNS)
 # What the patterns tell apart, and neighbours of it: long s and Kelvin sign, marks, separators, digits of three kinds.
 PARTS = [
     *["'", "'s", "'S", "'\u017f", "'re", "'RE", "'Ll", "'ll", "'vE", "'d", "'M", "'t", "'K", "\u2019s"],
-    *["\u017f", "\u212a", "\u0130", "/", "//", "\n", "\r", "\r\n", "\n\n", " ", "  ", "   ", "\t", "\x0b", "\x1c", "\x1f", "\x85"],
+    *["\u017f", "\u212a", "\u0130", "/", "//", "\n", "\r", "\r\n", "\n\n", " ", "  ", "   ", "\t"],
+    *["\x0b", "\x1c", "\x1f", "\x85"],
     *["\xa0", "\u2003", "\u2028", "\u3000", "\u200b", "\ufeff", "a", "bc", "Ab", "ABc", "aB", "é", "É", "ß", "\u01c5"],
     *["\u02b0", "中", "文", "の", "한", "\u1112", "\u0301", "\u0e31", "\u093f", "\u20e3", "1", "23", "456", "7890"],
     *["²", "\u2167", "\u0663", "\u0967", "\U00011de9", "_", "-", "?!", "…", "😀", "👩\u200d👩", "\U0001d7d8"],
@@ -95,7 +97,7 @@ def word_ends_of(ours: HuggingFaceTokenizer, text: str) -> list[int]:
 def word_ends(ours: HuggingFaceTokenizer, text: str) -> list[int]:
     """The library's, in bytes: one character of a byte-level word is one byte."""
     steps = ours._model.pre_tokenizer
-    return np.cumsum([len(word) for word, _ in steps.pre_tokenize_str(text)], dtype=int).tolist()
+    return list(accumulate(len(word) for word, _ in steps.pre_tokenize_str(text)))
 
 
 def test_which_are_known():
@@ -103,11 +105,20 @@ def test_which_are_known():
 
 
 @patterns
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(text=TEXTS)
 def test_any_text(ours, text):
     assert word_ends_of(ours, text) == word_ends(ours, text)
     assert_same(ours, [text])
+
+
+@patterns
+def test_all_short_texts(ours):
+    """What a pattern does at the end of a text, and each of its branches, without luck."""
+    for size in range(1, 5):
+        for characters in product(" \na1!'s\u0301" if size == 4 else " \n\ta1!'sLA\u0301/é", repeat=size):
+            text = "".join(characters)
+            assert word_ends_of(ours, text) == word_ends(ours, text), repr(text)
 
 
 # Ranges that no pattern looks into: ideographs, syllables, Tangut; nothing is assigned from plane 3 to the tags.
@@ -117,7 +128,8 @@ UNIFORM = [(0x3400, 0xA000), (0xAC00, 0xD7A4), (0x17000, 0x18D00), (0x20000, 0x3
 
 @pytest.mark.parametrize("name", [name for name in PATTERNS if name not in ("REMOVED", "BYTE_LEVEL")])
 def test_every_code_point(name):
-    ours, step = PATTERNS[name], 1 if name == "LLAMA3" else 211
+    # Under the sanitizers, where the library's allocations take ten times as long, no pattern gets them all.
+    ours, step = PATTERNS[name], 1 if name == "LLAMA3" and "MAINSPRING_SANITIZED" not in os.environ else 211
     context = "{0}a {0}1{0}" if step > 1 else "{0}B{0} {0}{0}'{0}\n1"
     points = {point for first, end in UNIFORM for point in range(first, end, step if end < 0x33500 else 211)}
     points |= {point for point in range(0x110000) if not any(first <= point < end for first, end in UNIFORM)}
@@ -237,7 +249,7 @@ ADDED_TEXTS = st.lists(
 ).map("".join)  # fmt: skip
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(text=ADDED_TEXTS)
 def test_added_tokens(text):
     for ours in _with_added():
@@ -264,6 +276,7 @@ MARKS = [
 ]
 
 
+@settings(max_examples=300, deadline=None)
 @given(text=st.lists(st.one_of(st.sampled_from(MARKS), st.characters(codec="utf-8")), max_size=8).map("".join))
 def test_normal_form(text):
     if _tokenize.surely_normal(text.encode()):
@@ -346,7 +359,7 @@ def test_what_is_no_text(ours):
     draw = random.Random(4)
     leads = [0x7F, 0x80, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xED, 0xEF, 0xF0, 0xF1, 0xF4, 0xF5, 0xFF]
     follow = [0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0]
-    for _ in range(3000):
+    for _ in range(800):
         raw = bytes([*b"abcdefgh"[: draw.randrange(9)], draw.choice(leads), *draw.choices(follow, k=draw.randrange(4))])
         try:
             assert_same(ours, [raw.decode()])
@@ -360,14 +373,17 @@ def test_what_is_no_text(ours):
 
 
 def test_arguments_of_the_encoder():
-    good: dict[str, Any] = {"pattern": _tokenize.Pattern.GPT2, "byte_ids": np.zeros(256, np.int32), "words": {}, "raw": [],
-            "merges": np.zeros((0, 3), np.int32), "normalized": [], "normal_form": False}  # fmt: skip
+    good: dict[str, Any] = {
+        "pattern": _tokenize.Pattern.GPT2, "byte_ids": np.zeros(256, np.int32), "merges": np.zeros((0, 3), np.int32),
+        "words": {}, "raw": [], "normalized": [], "normal_form": False,
+    }  # fmt: skip
     assert _tokenize.Encoder(**good).encode(["ab"], -1, 1)[0].tolist() == [0, 0]
     for wrong in ({"byte_ids": np.zeros(255, np.int32)}, {"merges": np.zeros((2, 2), np.int32)},
                   {"merges": -np.ones((1, 3), np.int32)}, {"raw": [(b"", 1, False, False, False, False)]},
                   {"raw": [(b"x", -1, False, False, False, False)]}):  # fmt: skip
+        arguments: dict[str, Any] = good | wrong
         with pytest.raises(ValueError, match=r"byte_ids|merges|merge|added token"):
-            _tokenize.Encoder(**good | wrong)
+            _tokenize.Encoder(**arguments)
     with pytest.raises(ValueError, match="no code point"):
         _tokenize.class_of(0x110000)
 

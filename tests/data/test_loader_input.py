@@ -195,8 +195,9 @@ def test_too_little_data_is_said_when_training_is_built(tmp_path):
 
 def test_blends_that_make_no_sense(blend, data):
     paths = [path for path, _ in blend]
-    for weight in (0, -0.5, float("nan")):
+    for weight in (-0.5, float("nan"), float("inf")):
         assert "data.blend[1].weight" in refused(config(blend=[(paths[0], 1), (paths[1], weight)]))
+    assert "data.blend: no source has a weight above 0" in refused(config(blend=[(path, 0) for path in paths]))
     again = paths[0] / ".." / paths[0].name
     assert "data.blend[2]" in refused(config(blend=[(paths[0], 1), (paths[1], 1), (again, 1)]))
     assert "set either data.path or data.blend" in refused(config())

@@ -113,6 +113,11 @@ def test_words_and_shingles(text, width):
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=20).map(b"".join))
+@example(b"\xe0\x81\xa1b")  # longer than need be
+@example(b"\xf0\x80\x81\xa1b")
+@example(b"\xc1\xa1b")
+@example(b"\xf4\x90\x80\x80b")  # past the last code point
+@example(b"\xed\xa0\x80b\xe6\x97")  # a surrogate, and a character cut off
 def test_what_is_no_utf8_separates(raw):
     hashes = [word_hash(word) for word in words_of(raw.decode(errors="replace"))]
     assert _dedup.shingles(raw, 0).tolist() == hashes

@@ -89,7 +89,7 @@ def test_finds_what_all_pairs_find_wherever_the_units_end(tmp_path, seed):
                 assert numbers(found, cuts) == expected[keep is not None]
 
 
-@pytest.mark.parametrize(("count", "originals"), [(40, 1), (600, 2), (3000, 3)])
+@pytest.mark.parametrize(("count", "originals"), [(40, 1), (600, 2), (1500, 3)])
 def test_keys_of_many_documents(tmp_path, count, originals):
     """Beyond 16 of a key not all pairs are compared: what goes resembles what stays, and most of it goes."""
     rng = np.random.default_rng(count)
@@ -167,6 +167,10 @@ def test_every_damage_is_found_and_named(tmp_path):
     (tmp_path / "pairs").write_bytes(pairs[:-1] + bytes([pairs[-1] ^ 1]))
     with pytest.raises(UserError, match="has a damaged index"):
         near_clusters([tmp_path / "pairs"], 2)
+    for wrong in ([[1, 0, 0, 0], [0, 5, 0, 0]], [[1, 0, 0, 0], [1, 0, 0, 0]]):
+        (tmp_path / "pairs").write_bytes(_dedup.pair_bytes(np.array(wrong, np.uint32)))
+        with pytest.raises(UserError, match="is not sorted in block 0"):
+            near_clusters([tmp_path / "pairs"], 2)
 
 
 def test_signatures_of_other_settings_are_refused(tmp_path):
@@ -214,6 +218,8 @@ def test_texts_end_to_end(tmp_path):
         files = [tmp_path / f"{len(cuts)}.{unit}" for unit in range(len(parts))]
         for path, part in zip(files, parts, strict=True):
             write_signatures(path, signer.sign(list(part)), config)
+            write_signatures(tmp_path / "threads", signer.sign(list(part), threads=3), config, threads=3)
+            assert (tmp_path / "threads").read_bytes() == path.read_bytes()
         results.append(numbers(near_duplicates(files, config), cuts))
     assert results[0] == results[1]
     assert all(source[later] == source[earlier] for later, earlier in results[0])

@@ -43,6 +43,7 @@ def test_emails(text, masked):
         "https://user:pass%x@b.de" + "z" * 70,
         "y" * 65 + "@b.de is longer than an address may be",
         "1@2, @@@, @, a@.de",
+        "me@example.com+1-555-0100x@y.org",
     ],
 )
 def test_no_emails(text):
@@ -125,7 +126,8 @@ def test_assigned_secrets(name):
     "text",
     [
         'password = "correct-horse-battery-staple"', 'token = "your_token_goes_here"', 'secret = "xxxxxxxxxxxxxxxx1"',
-        f'name = "{RANDOM}"', f'sha256 = "{HEX}"', f"api_key = {RANDOM}", 'api_key = "short1"', f"key = \"{RANDOM}'",
+        f'name = "{RANDOM}"', f'sha256 = "{HEX}"', f"api_key = {RANDOM}", 'api_key = "short1"',
+        f"api_key = \"{RANDOM}'",
         'private_key = "/etc/ssl/private/server.key"', 'token = "1234567890123456"', "risk-free, task-" + RANDOM[:5],
     ],
 )  # fmt: skip

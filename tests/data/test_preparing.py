@@ -18,20 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from engine import disk
 from engine.config.prepare import PrepareConfig
 from engine.data import manifest as manifests
 from engine.data import prepare as preparation
-from engine.data import staging
+from engine.data import spool, staging
 from engine.data.indexed import IndexedDataset
 from engine.data.prepare import begin, prepare
-from engine.data.preparing import local, splits
-from engine.data.preparing.context import Context
+from engine.data.preparing import duplicates, local, read
 from engine.data.preparing.job import Job
-from engine.data.preparing.steps import STEPS, step_named
+from engine.data.preparing.steps import STEPS
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import Interrupted, UserError
 
@@ -110,8 +107,9 @@ def test_rows_of_a_cut_file_are_numbered_through(corpus):
         prepare(config(corpus, "strict", max_bad_fraction=0))
 
 
-def test_lineage_from_raw_bytes_to_shards(corpus):
-    manifest = prepare(config(corpus, shards="many", test_fraction=0.1))
+@pytest.mark.parametrize("shards", ["many", "one"])
+def test_lineage_from_raw_bytes_to_shards(corpus, shards):
+    manifest = prepare(config(corpus, shards=shards, test_fraction=0.1))
     out = corpus.parent / "out"
     sources = [json.loads(line) for line in (out / "sources.jsonl").read_text().splitlines()]
     for item in sources:
@@ -121,9 +119,8 @@ def test_lineage_from_raw_bytes_to_shards(corpus):
     assert manifest["sources"][0] | {"path": ""} == {
         "path": "", "files": 9, "bytes": sum(path.stat().st_size for path in corpus.iterdir()), "documents": 78
     }  # fmt: skip
-    shards = [json.loads(line) for line in (out / "shards.jsonl").read_text().splitlines()]
     kept = Counter()
-    for item in shards:
+    for item in map(json.loads, (out / "shards.jsonl").read_text().splitlines()):
         tokens = IndexedDataset(out / item["shard"])
         assert item["shard_sha256"] == disk.sha256(out / f"{item['shard']}.bin")
         first = tokens.pairs[0].sizes[: item["first_document"]].sum()
@@ -188,7 +185,7 @@ def test_a_stopped_run_goes_on(corpus):
             local.run(job, finished=str, progress=str)
             seen.update({path: path.stat().st_mtime_ns for path in before})
 
-        manifest = prepare(config(corpus, workers=2), execute=execute, log=said.append)
+        manifest = prepare(config(corpus), execute=execute, log=said.append)
         assert said[0] == f"goes on with what an earlier run finished in {folder}"
         assert seen == before
         assert digests(out) == digests(corpus.parent / "whole")
@@ -248,13 +245,17 @@ def test_begin_plans_for_an_executor_elsewhere(corpus):
     assert digests(corpus.parent / "out") == digests(corpus.parent / "plain")
 
 
-def test_near_duplicates_go_whatever_the_units(corpus):
+def test_near_duplicates_go_whatever_the_units(corpus, monkeypatch):
     text = [word for number in range(40) for word in sentence(500 + number).split()]
     for number in range(6):  # four words of 1,200 differ
         changed = [f"x{at}{number}" if at in (100 * number, 7, 300, 900) else word for at, word in enumerate(text)]
         (corpus / f"u{number}.txt").write_text(" ".join(changed))
     (corpus / "u9.txt").write_text(" ".join(text[::-1]))
     many = prepare(config(corpus, "many", near_dedup={}, workers=2))
+    # One unit, cut into chunks as a huge one is.
+    monkeypatch.setattr(read, "RUN_DOCUMENTS", 7)
+    monkeypatch.setattr(duplicates, "SIGNED_DOCUMENTS", 5)
+    monkeypatch.setattr(spool, "_BATCH_DOCUMENTS", 2)
     one = prepare(config(corpus, "one", near_dedup={}, unit_mb=64))
     assert many["near_dedup"] == one["near_dedup"] == {
         "duplicates": 5,
@@ -403,49 +404,6 @@ def test_a_file_that_changes_meanwhile_is_an_error(corpus):
     assert not staging.folder_of(corpus.parent / "out").exists()
 
 
-def naive_splits(keys: list[int], validation: float, test: float) -> list[int]:
-    """The rule in words, over all keys at once."""
-    low, high = int(validation * 2**64), int(validation * 2**64) + int(test * 2**64)
-    found = [splits.VALIDATION if key < low else splits.TEST if key < high else splits.TRAIN for key in keys]
-    order = sorted(range(len(keys)), key=lambda at: (keys[at], at))
-
-    def give(split, least, wanted, givers, order):
-        if not wanted or len(keys) < least or split in found:
-            return
-        for giver in givers:
-            if found.count(giver) > (1 if giver < split else 0):
-                found[next(at for at in order if found[at] == giver)] = split
-                return
-
-    give(splits.TRAIN, 1, True, (splits.TEST, splits.VALIDATION), order[::-1])
-    give(splits.VALIDATION, 2, validation > 0, (splits.TRAIN, splits.TEST), order)
-    give(splits.TEST, 3, test > 0, (splits.TRAIN, splits.VALIDATION), order)
-    return found
-
-
-@given(
-    st.lists(st.integers(0, 2**64 - 1), max_size=9), st.sampled_from([0, 1e-9, 0.1, 0.5]),
-    st.sampled_from([0, 1e-9, 0.2, 0.49]), st.integers(1, 4),
-)  # fmt: skip
-def test_no_split_is_empty_where_there_are_documents(keys, validation, test, units):
-    options = PrepareConfig(input=["x"], output="y", validation_fraction=validation, test_fraction=test)
-    thresholds = splits.Thresholds.of(options)
-    parts = [np.array([at for at in range(len(keys)) if at * units // len(keys) == unit]) for unit in range(units)]
-    extremes = splits.Extremes.merged(
-        splits.Extremes.from_json(json.loads(json.dumps(splits.Extremes.of(
-            unit, np.array([keys[at] for at in part], np.uint64), part, thresholds).as_json())))
-        for unit, part in enumerate(parts)
-    )  # fmt: skip
-    found = thresholds.splits(np.array(keys, np.uint64)).tolist()
-    for (_, document), split in splits.forced(extremes, options).items():
-        found[document] = split
-    assert found == naive_splits(keys, validation, test)
-    if keys:
-        assert splits.TRAIN in found
-        assert (splits.VALIDATION in found) == (validation > 0 and len(keys) > 1) or validation == 0
-        assert (splits.TEST in found) or test == 0 or len(keys) < 3
-
-
 def test_splits_must_leave_something_to_train_on():
     with pytest.raises(UserError, match=r"test_fraction: 0\.5 and validation_fraction 0\.5 leave nothing to train on"):
         PrepareConfig(input=["x"], output="y", validation_fraction=0.5, test_fraction=0.5)
@@ -473,28 +431,6 @@ def test_tokenizer_sample_keeps_to_its_budget(corpus):
     assert 0.015e6 < some["bytes"] < 0.025e6
     assert prepare(config(corpus, "one", unit_mb=0.2, tokenizer_sample_mb=1e-9))["tokenizer"]["trained"] | {
         "bytes": 0} == {"kind": "bpe", "documents": 1, "bytes": 0}  # fmt: skip
-
-
-def test_progress_says_speed_and_time_left(corpus):
-    job = begin(config(corpus))
-    said: list[str] = []
-    meter = local.Meter(step_named("read"), job, job.units, said.append)
-    meter.add(job.size // 4, 3)
-    assert meter.line(2.0) == "read: 0 of 0 MB, 0 MB/s, 0:06 left"
-    assert len(said) == 1
-    assert local.Meter(step_named("read"), job, 5, said.append)._total == job.size // 3
-    meter._total = 40_000_000_000
-    meter._bytes = 10_000_000_000
-    assert meter.line(1000) == "read: 10,000 of 40,000 MB, 10 MB/s, 50:00 left"
-    meter._bytes = 1_000_000_000
-    assert meter.line(1000).endswith("1 MB/s, 10:50:00 left")
-    told: list[int] = []
-    context = Context(report=told.append)
-    for done in range(0, 1_000_001, 100_000):
-        context.progress(done)
-    context.finished(1_050_000)
-    context.progress(300_000)
-    assert told == [300_000, 300_000, 300_000, 150_000, 300_000]
 
 
 def test_small_inputs_start_no_processes(corpus, monkeypatch):

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from readings import config, read, refused
 
@@ -113,6 +113,8 @@ def test_a_packed_file_without_its_suffix_is_one_item(tmp_path, packing, name):
     documents, quarantine, reader = read(config(path.parent))
     assert (documents, refused(quarantine), reader.records) == ([], [(None, "wrong_suffix")], 0)
     assert reader.sha256 == hashlib.sha256(PACK[packing](LINES)).hexdigest()
+    _, quarantine, reader = read(config(path.parent, unit_mb=0.001))
+    assert ({item["reason"] for item in quarantine}, reader.records) == ({"wrong_suffix"}, 0), "in pieces too"
     with pytest.raises(UserError, match=rf"holds \{packing} data, .*\. Give it a name that ends in \{packing}\."):
         read(config(path))
     path.write_text("BZh9 is how this text begins\n")
@@ -208,6 +210,7 @@ class Halting(io.RawIOBase):
        calls=st.lists(st.tuples(st.sampled_from(["read", "read_full", "readline"]), st.integers(1, 12)), max_size=20),
        error=st.sampled_from([None, Refused("x", "y"), OSError(5, "z")]),
        chunk=st.sampled_from([1, 3, 1 << 20]))  # fmt: skip
+@example([b"a\nb\nc\nd\ne"], [("readline", 12), ("readline", 3), ("readline", 4)], None, 1 << 20)
 def test_a_stream_gives_all_that_came_before_an_error(pieces, calls, error, chunk):
     """Held against the bytes themselves: every call goes on exactly where the last one ended."""
     whole, at = b"".join(pieces), 0

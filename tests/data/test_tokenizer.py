@@ -12,7 +12,7 @@ import sys
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.tokenizer import load_tokenizer, train_tokenizer
@@ -50,6 +50,7 @@ KINDS = [BPE, UNIGRAM, SP_BPE, SP_UNIGRAM]
 
 
 @pytest.mark.parametrize("tokenizer", KINDS, ids=["bpe", "unigram", "sp-bpe", "sp-unigram"])
+@settings(deadline=None)
 @given(text=st.lists(st.one_of(st.text(), ODD)).map("".join))
 def test_round_trip_is_exact_for_any_text(tokenizer, text):
     ids = tokenizer.encode(text)

@@ -61,6 +61,16 @@ def test_pieces_of_json_lines_hold_what_the_whole_holds(tmp_path, lines, unit, e
         assert (reader.sha256, reader.size) == (hashlib.sha256(held).hexdigest(), len(held))
 
 
+def test_a_piece_ends_with_the_line_that_fills_it(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "a.jsonl").write_text('{"a": 12}\n' * 9)
+    (unit, *_) = units_of(config(root, unit_mb=20e-6))
+    assert [(piece.start, piece.end) for piece in unit.slices] == [(0, 20)]
+    pieces = [piece for unit in units_of(config(root, unit_mb=21e-6)) for piece in unit.slices]
+    assert [(piece.start, piece.end) for piece in pieces] == [(0, 30), (30, 60), (60, 90)]
+
+
 def test_one_line_longer_than_units_is_one_piece(tmp_path):
     root = tmp_path / "in"
     root.mkdir()

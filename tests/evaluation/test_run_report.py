@@ -74,7 +74,7 @@ def test_smoothing_keeps_a_line_straight_and_its_ends():
 def test_train_and_val_share_a_chart_and_rewards_have_theirs():
     rows = [{"step": step, "train/loss": 1 / step, "val/loss": 2 / step, "rewards/margins": step / 10,
              "val/rewards/margins": step / 20, "rewards/accuracies": 0.5, "train/accuracy": 0.5,
-             "train/consumed_tokens": 9}
+             "train/consumed_tokens": 9, "data/epochs": step}
             for step in (1, 2, 3)]
     gate = {"metric": "val/rewards/margins", "bounds": {"above": 0.1}, "file": "metrics.jsonl"}
     text = run_report.charts(rows, [gate])

@@ -42,3 +42,15 @@ def read(cfg) -> tuple[list[tuple[str, str]], list[dict], Reader]:
 def refused(items) -> list[tuple[int | None, str]]:
     """Row and reason of the items of a quarantine."""
     return [(item["line"], item["reason"]) for item in items]
+
+
+def write(root, name, content):
+    """A file of this content in a folder that may have to be made."""
+    root.mkdir(exist_ok=True)
+    (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root / name
+
+
+def rows_of(documents) -> list[tuple[int, str]]:
+    """(row, text) of what `read` found."""
+    return [(int(place.rpartition(":")[2]), text) for place, text in documents]

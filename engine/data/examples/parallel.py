@@ -158,25 +158,31 @@ class _Pool:
 
     def _ask(self, batch: Batch, format: str) -> Results:
         worker = self._idle.get()
-        assert worker.stdin is not None
-        assert worker.stdout is not None
         try:
-            if worker.pid not in self._told:
-                self._told.add(worker.pid)
-                send(worker.stdin, self._made_of)
-            send(worker.stdin, pickle.dumps((batch, format), pickle.HIGHEST_PROTOCOL))
-            answer = receive(worker.stdout)
-        except BrokenPipeError:
-            answer = None
-        if answer is None:
-            raise _died(worker)
-        self._idle.put(worker)
+            answer = self._answer(worker, pickle.dumps((batch, format), pickle.HIGHEST_PROTOCOL))
+        finally:
+            self._idle.put(worker)  # a dead one too: who waits for one shall find out
         kind, content = pickle.loads(answer)
         if kind == "user_error":
             raise UserError(content)
         if kind == "bug":
             raise RuntimeError(f"rows could not be tokenized in a worker process:\n{content}")
         return content
+
+    def _answer(self, worker: subprocess.Popen[bytes], request: bytes) -> bytes:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        try:
+            if worker.pid not in self._told:
+                self._told.add(worker.pid)
+                send(worker.stdin, self._made_of)
+            send(worker.stdin, request)
+            answer = receive(worker.stdout)
+        except BrokenPipeError:
+            answer = None
+        if answer is None:
+            raise _died(worker)
+        return answer
 
     def __exit__(self, *error: object) -> None:
         for worker in self._workers:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.data.cleaning import Cleaner
+from engine.data.cleaning_report import CleaningReport
 from engine.data.dedup import content_digest, write_run
 from engine.data.preparing.context import Context
 from engine.data.preparing.job import Identity, Job, PlannedUnit, identity_of
@@ -31,7 +32,7 @@ RUN_DOCUMENTS = 1 << 20
 def work(job: Job, task: int, folder: Path, context: Context) -> None:
     """Task ``task`` reads unit ``task``."""
     planned = job.unit(task)
-    cleaner = Cleaner.of(job.config)
+    cleaner = _cleaner(job)
     with open(folder / QUARANTINE, "w", encoding="utf-8") as stream:
         quarantine = Quarantine(stream)
         reader = Reader(job.config, quarantine)
@@ -46,6 +47,16 @@ def work(job: Job, task: int, folder: Path, context: Context) -> None:
         "first_bad": reader.first_bad,
     }
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def _cleaner(job: Job) -> Cleaner:
+    """With an empty report. Built once a process: it holds the evaluation sets."""
+    if NAME not in job.memory:
+        made = Cleaner.of(job.config)
+        job.memory[NAME] = made, made.report.as_json()
+    cleaner, empty = job.memory[NAME]
+    cleaner.report = CleaningReport.from_json(empty)
+    return cleaner
 
 
 def _collect(
