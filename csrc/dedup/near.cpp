@@ -16,7 +16,7 @@ namespace {
 
 constexpr uint64_t BAND_SEED = 1 << 20, ROW_SEED = 3, PAIRS_SEED = 4;
 constexpr uint64_t ROWS_AT_ONCE = 65536;  // 10 MB at 128 permutations
-constexpr uint64_t SMALL_GROUP = 16, LEADERS = 64;
+constexpr uint64_t ANY_LEADERS = 32, LEADERS = 64;
 constexpr uint64_t READ_AHEAD = 8;  // rows nobody asked for cost less than another read
 
 uint64_t pack(uint32_t unit, uint32_t document) { return uint64_t{unit} << 32 | document; }
@@ -93,7 +93,7 @@ class Group {
    public:
     Group(const PairOptions& options, const Header& header, uint64_t size, std::vector<Duplicate>& out)
         : options_(options), permutations_(header.permutations), width_(row_bytes(header) - 4),
-          all_(size <= SMALL_GROUP), out_(out) {}
+          all_(size <= LEADERS), out_(out) {}
 
     void add(uint64_t document, const uint8_t* row) {
         bool alone = true;
@@ -104,7 +104,7 @@ class Group {
             if (!in_earlier_band(row, other))
                 out_.push_back({high(document), low(document), high(leaders_[i]), low(leaders_[i])});
         }
-        if ((all_ || alone) && leaders_.size() < LEADERS) {
+        if (leaders_.size() < (all_ || alone ? LEADERS : ANY_LEADERS)) {
             leaders_.push_back(document);
             rows_.insert(rows_.end(), row, row + width_);
         }

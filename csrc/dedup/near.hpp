@@ -31,8 +31,8 @@ struct PairOptions {
 };
 
 // Pairs of documents with a key of the band in common and enough equal bytes, the later one first, sorted. A pair that
-// agrees in an earlier band too is left to that. Of a key with more than 16 documents, those that resemble none of up to
-// 64 before them are remembered, and each is compared with these alone. Memory: 64 bytes a document of the range at
+// agrees in an earlier band too is left to that. Of a key with more than 64 documents each is compared with 64 before it:
+// the first 32, and then those that resemble none of these. Memory: 64 bytes a document of the range at
 // most, and rows for ROWS_AT_ONCE documents.
 std::vector<Duplicate> near_pairs(const std::vector<std::string>& paths, const Mask& mask, const PairOptions& options);
 

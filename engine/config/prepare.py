@@ -57,10 +57,10 @@ class PrepareConfig(Section):
     max_characters: int = option(10_000_000, "longer documents are dropped", "characters", ge=1)
     skip_rule: list[str] = option(list, "quality rule to leave out (manifest.json lists them)", "rule")
 
-    cleaning: CleaningConfig = option(CleaningConfig, "what is repaired, and which documents are dropped beyond the rules")
+    cleaning: CleaningConfig = option(CleaningConfig, "what is repaired, and which documents go beyond the rules")
     personal_data: PersonalDataConfig = option(PersonalDataConfig, "personal data to mask")
     decontaminate: DecontaminationConfig = option(DecontaminationConfig, "evaluation sets to keep out")
-    near_dedup: NearDedupConfig | None = option(None, "drop documents that are nearly another; unset, only exact copies")
+    near_dedup: NearDedupConfig | None = option(None, "drop what is nearly another; unset, only exact copies")
 
     validation_fraction: float = option(0.02, "documents held out, chosen by content hash", "fraction", ge=0, le=0.5)
     test_fraction: float = option(0, "documents held out a second time, never evaluated on in training", "fraction",

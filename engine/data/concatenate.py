@@ -26,8 +26,8 @@ def concatenate(
     """Writes `PREFIX.bin/.idx` with the documents of the pairs at the prefixes ``shards``, in this order.
 
     Each may itself be a set of shards. Every index is checked first. The files appear when both are whole, under their
-    own names. ``vocab_size`` gives an empty pair its type of token when there are no shards. Raises UserError for a pair
-    that is missing, damaged or of another type of token than the first, and when the files cannot be written.
+    own names. ``vocab_size`` gives an empty pair its type of token when there are no shards. Raises UserError for a
+    pair that is missing, damaged or of another type of token than the first, and when the files cannot be written.
     """
     if not shards:
         if vocab_size is None:

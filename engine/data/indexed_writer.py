@@ -145,7 +145,7 @@ class IndexedDatasetWriter:
         self.add_documents(tokens, np.array([np.size(tokens)], np.int64))
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends documents, their integers in [0, vocab_size) one behind another: tokens [sum of lengths], lengths [n].
+        """Appends documents, their integers in [0, vocab_size) one behind another: tokens [their sum], lengths [n].
 
         Raises UserError when a token lies outside the vocabulary or a document is longer than 2^31 - 1, ValueError
         when the lengths are not those of the tokens. Nothing of the batch is written then.

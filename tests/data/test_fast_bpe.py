@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine import _tokenize
@@ -171,7 +171,7 @@ def test_what_is_remembered_changes_nothing():
     draw = random.Random(3)
     words = ["".join(draw.choices("abcdefgh", k=draw.choice((1, 3, 7, 14, 15, 16, 40)))) for _ in range(5000)]
     words += [format(draw.getrandbits(48), "x") for _ in range(25_000)]
-    words += ["".join(draw.choices("\u0416\u0429\u042d", k=256)) for _ in range(2200)]  # 10^6 ids, what is held
+    words += ["".join(draw.choices("\U00010400\U00010401", k=128)) for _ in range(3000)]  # 10^6 ids, all that is held
     words += ["".join(draw.choices("ab", k=size)) for size in (511, 512, 513)] * 2
     texts = [" ".join(words), *words[:50]]
     one = tokenizer()
@@ -242,15 +242,17 @@ ADDED = [
     added("left", 906, lstrip=True), added("right", 907, rstrip=True, normalized=False),
     added("both", 908, lstrip=True, rstrip=True, single_word=True), added("    ", 909), added("é", 910),
     added("#", 911, normalized=False), added("## ", 912, normalized=False, rstrip=True), added("<|endoftext|>x", 913),
+    *(added("#abcd"[: 1 + size], 914 + size, normalized=False) for size in (1, 3, 2, 4)),
 ]  # fmt: skip
 ADDED_TEXTS = st.lists(
-    st.one_of(st.sampled_from([token["content"] for token in ADDED[-14:]]), st.sampled_from(PARTS),
+    st.one_of(st.sampled_from([token["content"] for token in ADDED[-18:]]), st.sampled_from(PARTS),
               st.sampled_from([" ", "\n", "\u2003", "_", "x", "w", "<", "e\u0301", "<|endoftext|>"])), max_size=12,
 ).map("".join)  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None)
 @given(text=ADDED_TEXTS)
+@example(text="#a#ab#abc#abcd#abcde## ###")
 def test_added_tokens(text):
     for ours in _with_added():
         assert_same(ours, [text])
@@ -296,19 +298,22 @@ def test_normal_form_of_every_code_point_and_pair():
         text = "".join(chr(int(point, 16)) for point in pair)
         if normalize(text) != text:
             assert not _tokenize.surely_normal(text.encode()), pair
+    hangul = [chr(first) + chr(second) for first, second in product(range(0x1100, 0x1113), range(0x1161, 0x1176))]
+    hangul += ["\uac00" + chr(last) for last in range(0x11A8, 0x11C3)]
+    assert not any(_tokenize.surely_normal(text.encode()) for text in hangul)
     assert all(_tokenize.surely_normal(text.encode()) for text in LANGUAGES)
     assert not _tokenize.surely_normal("\u00c0\u0323".encode())  # the dot belongs before the accent
     assert not _tokenize.surely_normal("a\u0323\u0301 \u0301\u0323".encode())  # out of order
 
 
 def test_words_that_are_taken_whole():
-    whole = ["Ġxyzzy", "xy", "'s", "中", "\u00e4\u00b8\u0143", "1" * 40]
+    whole = ["Ġxyzzy", "xy", "'s", "中", "\u00e4\u00b8\u0143", "x" * 40]
     vocabulary = BASE["model"]["vocab"] | {word: number for number, word in enumerate(whole, 1000)}
     one = with_model(ignore_merges=True, vocab=vocabulary)
     assert one.fast
-    texts = ["a xyzzy xy it's 中 " + "1" * 40, "xyzzy", " xyzzy", "xy", "中", *SOURCES[:5]]
+    texts = ["a xyzzy xy it's 中 " + "x" * 40, "xyzzy", " xyzzy", "xy", "中", "x" * 40, *SOURCES[:5]]
     assert_same(one, texts)
-    assert {1000, 1001, 1002, 1004} <= set(one.encode_packed(texts)[0].tolist())
+    assert {1000, 1001, 1002, 1004, 1005} <= set(one.encode_packed(texts)[0].tolist())
 
 
 def test_a_vocabulary_that_lacks_bytes():

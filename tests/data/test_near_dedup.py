@@ -91,7 +91,7 @@ def test_finds_what_all_pairs_find_wherever_the_units_end(tmp_path, seed):
 
 @pytest.mark.parametrize(("count", "originals"), [(40, 1), (600, 2), (1500, 3)])
 def test_keys_of_many_documents(tmp_path, count, originals):
-    """Beyond 16 of a key not all pairs are compared: what goes resembles what stays, and most of it goes."""
+    """Beyond 64 of a key not all pairs are compared: what goes resembles what stays, and most of it goes."""
     rng = np.random.default_rng(count)
     signatures = variants(rng, count, originals, change=0.3)
     found = numbers(near_duplicates(write(tmp_path, signatures, [count // 3]), SMALL), [count // 3])
@@ -101,7 +101,7 @@ def test_keys_of_many_documents(tmp_path, count, originals):
         assert earlier < later
         assert earlier not in gone
         assert alike(signatures[later], signatures[earlier], SMALL)
-    assert len(found) >= 0.97 * len(plain(signatures, SMALL))
+    assert len(found) >= 0.9 * len(plain(signatures, SMALL))
 
 
 def test_a_key_with_more_documents_than_are_read_at_once(tmp_path):
