@@ -11,7 +11,8 @@ SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hp
 
 # What reads bytes that others wrote, under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
 CHECKED   = build/sanitized
-SANITIZED = tests/data/test_indexed.py tests/data/test_samples.py tests/data/test_blend.py tests/data/test_packing.py
+SANITIZED = $(addprefix tests/data/test_,indexed.py samples.py index_cache.py blend.py packing.py fast_bpe.py text_scan.py \
+  cleaning.py contamination.py dedup.py near_dedup.py minhash.py)
 
 .PHONY: demo pipeline test sanitize lint layouts bench clean
 

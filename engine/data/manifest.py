@@ -23,7 +23,7 @@ from engine.data.units import Slice
 from engine.errors import UserError
 
 # Raised when the same input and settings would give other bytes.
-VERSION = 1
+VERSION = 2
 MANIFEST, SOURCES, SHARDS, QUARANTINE = "manifest.json", "sources.jsonl", "shards.jsonl", "quarantine.jsonl"
 SPLITS = ("train", "validation")
 _AGAIN = "Prepare it again with --overwrite."

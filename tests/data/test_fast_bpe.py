@@ -242,16 +242,18 @@ ADDED = [
     added("left", 906, lstrip=True), added("right", 907, rstrip=True, normalized=False),
     added("both", 908, lstrip=True, rstrip=True, single_word=True), added("    ", 909), added("é", 910),
     added("#", 911, normalized=False), added("## ", 912, normalized=False, rstrip=True), added("<|endoftext|>x", 913),
+    added("text|>", 919, normalized=False),  # inside of a special one it is not looked for
     *(added("#abcd"[: 1 + size], 914 + size, normalized=False) for size in (1, 3, 2, 4)),
 ]  # fmt: skip
 ADDED_TEXTS = st.lists(
-    st.one_of(st.sampled_from([token["content"] for token in ADDED[-18:]]), st.sampled_from(PARTS),
+    st.one_of(st.sampled_from([token["content"] for token in ADDED[-19:]]), st.sampled_from(PARTS),
               st.sampled_from([" ", "\n", "\u2003", "_", "x", "w", "<", "e\u0301", "<|endoftext|>"])), max_size=12,
 ).map("".join)  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None)
 @given(text=ADDED_TEXTS)
+@example(text="a text|> b<|endoftext|>text|>")
 @example(text="#a#ab#abc#abcd#abcde## ###")
 def test_added_tokens(text):
     for ours in _with_added():
@@ -302,6 +304,7 @@ def test_normal_form_of_every_code_point_and_pair():
     hangul += ["\uac00" + chr(last) for last in range(0x11A8, 0x11C3)]
     assert not any(_tokenize.surely_normal(text.encode()) for text in hangul)
     assert all(_tokenize.surely_normal(text.encode()) for text in LANGUAGES)
+    assert not _tokenize.surely_normal("\u0628\u0651\u064b".encode())  # out of order, and neither composes
     assert not _tokenize.surely_normal("\u00c0\u0323".encode())  # the dot belongs before the accent
     assert not _tokenize.surely_normal("a\u0323\u0301 \u0301\u0323".encode())  # out of order
 
@@ -364,8 +367,10 @@ def test_what_is_no_text(ours):
     draw = random.Random(4)
     leads = [0x7F, 0x80, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xED, 0xEF, 0xF0, 0xF1, 0xF4, 0xF5, 0xFF]
     follow = [0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0]
-    for _ in range(800):
-        raw = bytes([*b"abcdefgh"[: draw.randrange(9)], draw.choice(leads), *draw.choices(follow, k=draw.randrange(4))])
+    raws = [bytes([lead, second, *tail]) for lead in leads for second in follow for tail in (b"", b"\x80", b"\xbf\x80")]
+    for size in range(500):
+        raws.append(bytes([*b"abcdefgh"[: size % 9], draw.choice(leads), *draw.choices(follow, k=size % 4)]))
+    for raw in raws:
         try:
             assert_same(ours, [raw.decode()])
         except UnicodeDecodeError as error:
