@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
         size = _corpus.write_jsonl(folder / "corpus.jsonl", int(options.limit_mb * options.times * 1e6))
         command = [sys.executable, "-m", "engine.cli", "prepare", "--input", str(folder / "corpus.jsonl"),
                    "--output", str(folder / "out"), "--vocab_size", "32768"]
-        command += ["--near_dedup.enabled", "true"] if options.near else []
+        command += ["--near_dedup.threshold", "0.8"] if options.near else []
         limit = options.limit_mb * 10**6
         started = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,

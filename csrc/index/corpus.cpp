@@ -3,6 +3,11 @@
 #include <algorithm>
 
 namespace mainspring {
+namespace {
+
+constexpr size_t kLooks = 16;  // shards of one look: about as many microseconds on a local disk
+
+}  // namespace
 
 Corpus::Corpus(const std::vector<Pair>& pairs) {
     if (pairs.empty()) throw std::invalid_argument("a corpus has at least one pair of files");
@@ -19,6 +24,14 @@ Corpus::Corpus(const std::vector<Pair>& pairs) {
                            pair.tokens, documents_, tokens_});
         documents_ += layout.sequences;
         tokens_ += pair.tokens;
+    }
+}
+
+void Corpus::check_indices() const {
+    const size_t looks = std::min(kLooks, shards_.size()), first = looked_.fetch_add(looks);
+    for (size_t i = first; i < first + looks; ++i) {
+        const Map& idx = *shards_[i % shards_.size()].idx;
+        if (const int64_t readable = idx.readable(); readable < idx.bytes()) throw Truncated(idx.path(), readable);
     }
 }
 

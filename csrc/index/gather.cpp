@@ -104,6 +104,7 @@ int64_t range_of(int64_t count, const Batch& batch) { return batch.threads == 1 
 
 std::vector<Range> gather_blocks(const std::vector<const SampleOrder*>& sources, const int64_t* pieces, int64_t count,
                                  const Batch& batch) {
+    for (const SampleOrder* source : sources) source->corpus().check_indices();
     std::vector<Range> all(sources.size(), kNothing);
     std::mutex guard;
     parallel_ranges(count, range_of(count, batch), batch.threads, [&](int64_t first, int64_t last) {
@@ -131,6 +132,7 @@ std::vector<Range> gather_blocks(const std::vector<const SampleOrder*>& sources,
 }
 
 Range gather_rows(const Corpus& corpus, const int64_t* pieces, int64_t count, const Batch& batch) {
+    corpus.check_indices();
     Range all = kNothing;
     std::mutex guard;
     parallel_ranges(count, range_of(count, batch), batch.threads, [&](int64_t first, int64_t last) {

@@ -56,12 +56,15 @@ void AddedTokens::split(const uint8_t* begin, const uint8_t* end, std::vector<Pi
         if (!token || token->hidden) continue;
         const uint8_t *from = at, *to = next;
         if (token->single_word && ((from > begin && has(before(from), kWord)) || (to < end && has(to, kWord)))) continue;
-        if (token->strip_left)
+        if (token->strip_left) {
             while (from > done && has(before(from), kSpace)) from = before(from);
+            from = std::max(from, done);  // a blank that is a token itself may belong to the one before
+        }
         if (token->strip_right)
             while (to < end && has(to, kSpace)) to += decode(to).length;
+        if (from > to) continue;  // the library panics
         if (done < from) pieces.push_back({done, from, -1});
-        pieces.push_back({from, to, token->id});
+        if (from < to) pieces.push_back({from, to, token->id});
         done = to;
     }
     if (done != end) pieces.push_back({done, end, -1});

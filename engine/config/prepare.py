@@ -69,7 +69,10 @@ class PrepareConfig(Section):
     tokenizer: Path | None = option(
         None, "use this tokenizer.json, Hugging Face directory or SentencePiece .model, train none", "path"
     )
-    tokenizer_kind: Literal["bpe", "unigram"] = option("bpe", "model to train; both are byte-level, thus lossless")
+    tokenizer_kind: Literal["bpe", "unigram"] = option("bpe", "model to train; both give any text back exactly")
+    tokenizer_form: Literal["huggingface", "sentencepiece"] = option(
+        "huggingface", "file to train: tokenizer.json, byte-level and fast, or a SentencePiece .model with byte fallback"
+    )
     vocab_size: int | None = option(None, "vocabulary to train, specials included; 32768 if unset", "tokens", gt=0)
     special_tokens: int = option(
         16, "of a trained vocabulary: end of document, padding, chat turns, the rest reserved", "tokens", ge=4

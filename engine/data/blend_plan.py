@@ -2,8 +2,8 @@
 
 Planned are weights that change at a step, sources that leave at their last epoch, and sources that come or go between
 two starts of a run. All of it becomes segments of a ``BlendIndex``; a checkpoint keeps those up to its position, and
-the next start goes on from there whatever the configuration says by then. A source is known by the hash of its .idx
-file: moved to another path, it goes on with its next block.
+the next start goes on from there whatever the configuration says by then. A source is known by its content
+(`SampleIndex.content`): moved to another path, it goes on with its next block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from engine.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """A prepared directory. ``blocks``: of model.seq_length tokens, in an epoch. ``fingerprint``: hash of its .idx."""
+    """A prepared directory. ``blocks``: of model.seq_length tokens, in an epoch. ``fingerprint``: what tells its data
+    from others."""
 
     path: str
     fingerprint: str
@@ -97,7 +98,7 @@ class Wanted:
     def plan(self, indices: Sequence[SampleIndex], *, step: int = 0, position: int = 0,
              record: dict[str, Any] | None = None) -> BlendPlan:
         """The plan over opened sources for a run that stands at ``position`` tokens; see ``BlendPlan``."""
-        sources = [Source(path, index.dataset.fingerprint, index.dataset.num_tokens, len(index.dataset),
+        sources = [Source(path, index.content, index.dataset.num_tokens, len(index.dataset),
                           index.blocks_per_epoch, limit)
                    for path, index, limit in zip(self.paths, indices, self.max_epochs, strict=True)]
         changes = [Change(begin, token_weights(sources, weights, self.by)) for begin, weights in self.weights]

@@ -8,6 +8,7 @@ stands between blanks, and shares of characters in words leave blanks out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,10 @@ BOTH: tuple[Kind, ...] = ("prose", "code")
 
 # One "word" of this length is base64 or minified, and a single unit of work for any BPE; so is a gap.
 MAX_RUN = 100_000
+# Thai, Lao, Tibetan, Burmese, Khmer; kana and Chinese characters with their punctuation, and those of the other planes.
+_UNSPACED = re.compile(
+    "[\u0e00-\u109f\u1780-\u17ff\u3001-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
+)
 GOPHER_TOP = {2: 0.20, 3: 0.18, 4: 0.16}
 GOPHER_DUPLICATE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
@@ -70,17 +75,28 @@ class Rule:
 
 
 def _few_letters(page: Page) -> bool:
-    # Of the characters that show: a table of figures, a hex dump, ASCII art. Any script's letters count.
-    return page.counts.letters < 0.25 * (page.counts.characters - page.counts.spaces)
+    # Of the characters that show: columns of figures, ASCII art. A formula, and a table that says something, have more.
+    # Any script's letters count.
+    return 10 * page.counts.letters < page.counts.characters - page.counts.spaces
 
 
 def _mostly_links(page: Page) -> bool:
-    return page.counts.schemes > 0 and page.counts.url_characters > 0.5 * page.counts.characters
+    return page.counts.schemes > 0 and 10 * page.counts.url_characters > 7 * page.counts.characters
 
 
 def _repeated_lines(page: Page) -> bool:
+    # Not half: a file of many licences repeats their lines, as a song does its refrain.
     counts = page.counts
-    return counts.lines >= 10 and counts.repeated_line_characters > 0.5 * counts.line_characters
+    return counts.lines >= 10 and 10 * counts.repeated_line_characters > 7 * counts.line_characters
+
+
+def _long_run(page: Page) -> bool:
+    if page.counts.longest_space > MAX_RUN:
+        return True
+    if page.counts.longest_word <= MAX_RUN:
+        return False
+    # A book in a script that is written without spaces may stand in one line.
+    return any(len(run) > MAX_RUN and 2 * len(_UNSPACED.findall(run)) < len(run) for run in page.text.split())
 
 
 def _repeated_words(page: Page) -> bool:
@@ -96,11 +112,10 @@ SAFE: tuple[Rule, ...] = (
          lambda page: page.counts.characters > page.limits.max_characters),
     Rule("unreadable", "over a tenth are replacement characters", BOTH,
          lambda page: page.counts.replacements > 0.1 * page.counts.characters),
-    Rule("long_run", f"over {MAX_RUN:,} characters without a space, or of nothing else", BOTH,
-         lambda page: page.counts.longest_word > MAX_RUN or page.counts.longest_space > MAX_RUN),
-    Rule("few_letters", "under a quarter of the visible characters are letters", PROSE, _few_letters),
-    Rule("mostly_links", "over half is web addresses", PROSE, _mostly_links),
-    Rule("repeated_lines", "over half is lines that stood before", PROSE, _repeated_lines),
+    Rule("long_run", f"over {MAX_RUN:,} characters without a space, or of nothing else", BOTH, _long_run),
+    Rule("few_letters", "under a tenth of the visible characters are letters", PROSE, _few_letters),
+    Rule("mostly_links", "over seven tenths is web addresses", PROSE, _mostly_links),
+    Rule("repeated_lines", "over seven tenths is lines that stood before", PROSE, _repeated_lines),
     Rule("repeated_words", "over four fifths, of 50 words or more, is five words that stood before", PROSE,
          _repeated_words),
     # Nobody wrote that by hand: Python's standard library has a mean of 36.

@@ -13,6 +13,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,15 +27,20 @@ _MAGIC = b"MSIDXC01"
 _DIGEST = slice(8, 40)
 _LOCK_SECONDS = 60.0  # then a process builds by itself: a stopped lock holder must not stop the others
 _STALE_SECONDS = 3600.0
+_TEMPORARY = re.compile(r"\.(groups|verified)\.\d+\.tmp$")  # ours: the folder may be one that others use as well
 log = logging.getLogger(__name__)
 
 
-def default_folder(beside: Path) -> Path:
-    """`index_cache` in the prepared directory if we can write there, else in the user's cache folder."""
+def default_folder(beside: Path) -> Path | None:
+    """`index_cache` in the prepared directory if we can write there, else in the user's cache folder; None for a user
+    without a home, as containers have them."""
     folder = beside / "index_cache"
     if os.access(folder if folder.is_dir() else beside, os.W_OK):
         return folder
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mainspring" / "index_cache"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mainspring" / "index_cache"
+    except RuntimeError:
+        return None
 
 
 class IndexCache:
@@ -104,7 +111,7 @@ def _read(path: Path, header: bytes, length: int) -> np.ndarray | None:
 
 def _write(path: Path, header: bytes, values: np.ndarray) -> None:
     _remove_stale(path.parent)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.randbits(64)}.tmp")  # containers share process numbers
     body = values.astype("<i8", copy=False)
     digest = hashlib.sha256(header)
     digest.update(body.data)
@@ -123,8 +130,8 @@ def _write(path: Path, header: bytes, values: np.ndarray) -> None:
 def _remove_stale(folder: Path) -> None:
     """Temporary files of processes that were killed while writing."""
     for leftover in folder.glob("*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # another process removes it too
-            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+        with contextlib.suppress(OSError):  # another process removes it too, or it is another user's
+            if _TEMPORARY.search(leftover.name) and time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
                 leftover.unlink()
 
 
@@ -136,7 +143,12 @@ def _lock(folder: Path) -> Iterator[None]:
     except ImportError:  # not on this platform
         yield
         return
-    with open(folder / ".lock", "ab") as file:
+    try:
+        file = open(folder / ".lock", "ab")  # noqa: SIM115 - closed below
+    except OSError:  # another user's; whether the folder can be written shows when it is written
+        yield
+        return
+    with file:
         deadline = time.monotonic() + _LOCK_SECONDS
         while time.monotonic() < deadline:
             try:

@@ -22,7 +22,8 @@ from engine.data.indexed_writer import DTYPES, IndexedDatasetWriter, dtype_code
 from engine.data.verified import Verified, now_ns
 from engine.errors import UserError
 
-__all__ = ["DTYPES", "IndexedDataset", "IndexedDatasetWriter", "Pair", "dtype_code", "prefixes_of", "reading", "shard_name"]
+__all__ = ["DTYPES", "IndexedDataset", "IndexedDatasetWriter", "Pair", "dtype_code", "prefixes_of", "reading",
+           "shard_name"]
 _REBUILD = "Prepare the data again (`mainspring prepare`) or copy the file anew"
 _SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.(bin|idx)$")
 
@@ -180,7 +181,7 @@ class IndexedDataset:
 
 @contextlib.contextmanager
 def reading(datasets: Sequence[IndexedDataset]) -> Iterator[None]:
-    """Around calls that read the files: UserError when a `.bin` was truncated since it was opened."""
+    """Around calls that read the files: UserError when one was truncated since it was opened."""
     try:
         yield
     except _index.Truncated as error:
@@ -188,6 +189,9 @@ def reading(datasets: Sequence[IndexedDataset]) -> Iterator[None]:
         for pair in (pair for dataset in datasets for pair in dataset.pairs):
             if str(pair.bin_path) == path:
                 pair.check_bin(size)
+            elif str(pair.idx_path) == path:
+                raise UserError(f"truncated while it is read: {size} bytes of {len(pair.idx)}", where=path,
+                                fix=_REBUILD) from None
         raise
 
 

@@ -38,7 +38,11 @@ _NOT_PERSONS = re.compile(r"(?:no-?reply|git|svn)$", re.IGNORECASE)  # git@githu
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
 _IPV4 = re.compile(rf"[0-9]{{1,3}}\.{_OCTET}\.{_OCTET}\.{_OCTET}(?!\w|\.\w|-\d)")
 _BEFORE_IPV4 = re.compile(r"(?:[\w.]|\d-)\Z")
-_VERSION = re.compile(r"(?:\bv|version\w*|release|ver\.?|[=<>~^]=|[<>])\s*[:=]?\s*[\"']?\Z", re.IGNORECASE)
+# A word that a version or a place in a text follows, or a product as in a browser's name: Chrome/114.0.0.0.
+_VERSION = re.compile(
+    r"(?:(?i:\bv|version\w*|release|ver\.?|section|clause|chapter|§|\boid|build|kernel|linux|[=<>~^]=|[<>])\s*[:=]?\s*"
+    r"[\"']?|\b[A-Z][A-Za-z]+/)\Z"
+)
 _HEADING = re.compile(r"[ \t]+[A-Za-z]")
 _LONGEST_HEADING = 30
 _IPV6 = re.compile(r"[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:]|\.\w)")
@@ -50,7 +54,8 @@ _PREFIXES = (
     (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{36,255}\b"),                        # GitHub
     (("github_pat_",), r"\bgithub_pat_[A-Za-z0-9_]{22,255}\b"),
     (("glpat-",), r"\bglpat-[A-Za-z0-9_-]{20,}"),                                                        # GitLab
-    (("sk-",), r"\bsk-(?:ant-|proj-|svcacct-|or-)?[A-Za-z0-9_-]{0,12}[A-Za-z0-9]{20}[A-Za-z0-9_-]{0,200}"),  # models
+    (("sk-",), r"\bsk-(?=[A-Za-z_-]*\d)(?:ant-|proj-|svcacct-|or-)?[A-Za-z0-9_-]{0,12}[A-Za-z0-9]{20}"      # models
+               r"[A-Za-z0-9_-]{0,200}"),
     (("hf_",), r"\bhf_[A-Za-z0-9]{30,}\b"),                                                         # Hugging Face
     (("AIza",), r"\bAIza[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])"),                                              # Google
     (("ya29.",), r"\bya29\.[A-Za-z0-9_-]{30,}"),
@@ -71,8 +76,8 @@ _PRIVATE = re.compile(
 )  # fmt: skip
 _QUOTED = re.compile(r"[\"']([A-Za-z0-9+/=_.~-]{16,200})[\"']")
 _SECRET_NAME = re.compile(
-    r"(?:api[_-]?key|secret|token|passw(?:or)?d|pwd|auth|credential|access[_-]?key|private[_-]?key)[A-Za-z0-9_-]{0,20}"
-    r"[\"']?\s{0,4}(?:=|:|=>|:=)\s{0,4}\Z", re.IGNORECASE
+    r"(?:api[_-]?key|secret|token(?!iz)|passw(?:or)?d|pwd|auth(?!or(?!i[sz]))|credential|access[_-]?key|"
+    r"private[_-]?key)[A-Za-z0-9_-]{0,20}[\"']?\s{0,4}(?:=|:|=>|:=)\s{0,4}\Z", re.IGNORECASE
 )  # fmt: skip
 _LONGEST_NAME = 48
 # Bits a character: words and paths have 2.5 to 3.7, 20 random characters of base64 about 4.1, of hexadecimal 3.4.
@@ -83,6 +88,9 @@ _PHONE = re.compile(
     r"(?<=\()\d{3}\) ?\d{3}[-. ]\d{4}|(?<=[2-9])\d{2}([-.])[2-9]\d{2}\1\d{4})(?![\w/]|[-.]\d)"
 )
 _BEFORE_PHONE = re.compile(r"[\w+./-]\Z")
+# A decimal number with its sign, and one in thousands: +12.34, +10 000 000.
+_SIGNED = re.compile(r"\+\d+\.\d+|\+\d{1,3}(?:[ .]000)+")
+_LEAST_DIGITS = 9  # with the country's code; what has fewer is a list of numbers more often
 
 Mask = Callable[[str], tuple[str, int]]
 
@@ -200,7 +208,13 @@ def entropy(value: str) -> float:
 
 def mask_phones(text: str) -> tuple[str, int]:
     """Telephone numbers as they are written for people, and how many there were."""
-    return _substitute(_PHONE, text, lambda match: match.group() if _follows(_BEFORE_PHONE, match) else PHONE)
+
+    def phone(match: re.Match[str]) -> str:
+        number = match.group()
+        few = sum(map(str.isdigit, number)) < _LEAST_DIGITS
+        return number if few or _follows(_BEFORE_PHONE, match) or _SIGNED.fullmatch(number) else PHONE
+
+    return _substitute(_PHONE, text, phone)
 
 
 MASKS: dict[str, Mask] = {"key": mask_keys, "email": mask_emails, "ip": mask_ips, "phone": mask_phones}

@@ -149,6 +149,7 @@ class Console:
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
+        self._unfinished = False  # the cursor stands behind a line of progress
         self._next = time.monotonic() + (0 if self._terminal else 10)
 
     def progress(self, line: str) -> None:
@@ -156,9 +157,17 @@ class Console:
             self._next = time.monotonic() + (0.2 if self._terminal else 10)
             start, end = ("\r\x1b[K", "") if self._terminal else ("", "\n")
             print(start + line, end=end, file=sys.stderr, flush=True)
+            self._unfinished = self._terminal
 
     def log(self, line: str) -> None:
-        print(f"\r\x1b[K{line}" if self._terminal else line, file=sys.stderr, flush=True)
+        self.close()
+        print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Takes the line of progress away, before others write."""
+        if self._unfinished:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._unfinished = False
 
 
 def main(argv: list[str]) -> int:
@@ -171,7 +180,10 @@ def main(argv: list[str]) -> int:
     console = Console()
     if config.executor == "slurm":
         return executors.on_slurm(config, console.log)
-    manifest = prepare(config, log=console.log, progress=console.progress, execute=executors.executor(config))
+    try:
+        manifest = prepare(config, log=console.log, progress=console.progress, execute=executors.executor(config))
+    finally:
+        console.close()
     for split, numbers in manifest["splits"].items():
         print(f"{split}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens")
     vocabulary = f"vocabulary {manifest['vocab_size']:,}, tokenizer {manifest['tokenizer_sha256'][:12]}"

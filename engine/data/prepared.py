@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.data.indexed import IndexedDataset
 from engine.errors import UserError
@@ -35,7 +36,9 @@ def open_split(directory: Path, split: str, *, remember: Path | None = None) -> 
         raise UserError(problem, where=str(directory), fix="data.path names a folder written by `mainspring prepare`")
     dataset = IndexedDataset(directory / split, remember=remember)
     manifest = _manifest(directory / "manifest.json")
-    _check(dataset, manifest.get("splits", {}).get(split, {}))
+    splits = _object(manifest.get("splits", {}), directory, "splits")
+    if split in splits:
+        _check(dataset, _shards(_object(splits[split], directory, f"splits.{split}"), directory, split))
     return PreparedSplit(dataset, manifest.get("vocab_size"), manifest.get("tokenizer_sha256"))
 
 
@@ -54,15 +57,31 @@ def _manifest(path: Path) -> dict:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot be read: {error}", where=str(path), fix=_PREPARE) from None
     if not isinstance(manifest, dict):
         raise UserError("is no JSON object", where=str(path), fix=_PREPARE)
+    for name, kind, wanted in (("vocab_size", int, "a number"), ("tokenizer_sha256", str, "a text")):
+        if not isinstance(manifest.get(name), kind | None):
+            raise UserError(f"{name} is not {wanted}", where=str(path), fix=_PREPARE)
     return manifest
 
 
-def _check(dataset: IndexedDataset, described: dict) -> None:
+def _object(value: Any, directory: Path, name: str) -> dict:
+    if not isinstance(value, dict):
+        raise UserError(f"{name} is no JSON object", where=str(directory / "manifest.json"), fix=_PREPARE)
+    return value
+
+
+def _shards(described: dict, directory: Path, split: str) -> list[dict]:
+    """What is said of each pair of files."""
     shards = described.get("shards", [described])
+    if not isinstance(shards, list):
+        raise UserError(f"splits.{split}.shards is no list", where=str(directory / "manifest.json"), fix=_PREPARE)
+    return [_object(shard, directory, f"splits.{split}.shards[{n}]") for n, shard in enumerate(shards)]
+
+
+def _check(dataset: IndexedDataset, shards: Sequence[dict]) -> None:
     if len(shards) != len(dataset.pairs):
         raise UserError(f"has {len(dataset.pairs)} shards, manifest.json describes {len(shards)}", where=dataset.where,
                         fix=_PREPARE)

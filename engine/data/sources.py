@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from engine.config.prepare import PrepareConfig
+from engine.data import staging
 from engine.data.formats import saved
 from engine.data.formats.opening import packing_of
 from engine.errors import UserError
@@ -88,7 +89,15 @@ def list_files(config: PrepareConfig) -> Listing:
             if file.kind == "collector":
                 listing.files.append(file)
                 continue
-            identity = file.path.stat()
+            try:
+                identity = file.path.stat()
+            except OSError as error:  # gone since it was found, or a part of a dataset that was not copied
+                problem = error.strerror or str(error)
+                if file.direct:
+                    fix = "Check --input, and fetch what is missing."
+                    raise UserError(problem, where=show(file.path), fix=fix) from None
+                listing.unreadable.append((show(file.path), problem))
+                continue
             if (identity.st_dev, identity.st_ino) not in seen:
                 seen.add((identity.st_dev, identity.st_ino))
                 listing.files.append(file)
@@ -154,7 +163,7 @@ def _refuse_folder(root: Path, names: list[str], listing: Listing) -> NoReturn:
 def _walk(root: Path, config: PrepareConfig, listing: Listing) -> Iterator[str]:
     """Paths below ``root`` of its regular files, in no particular order."""
     patterns = [*ALWAYS_EXCLUDED, *(pattern.rstrip("/") for pattern in config.exclude)]
-    ours = config.output.absolute()  # an output below an input must not become input of the next run
+    ours = staging.places_of(config.output)  # an output below an input must not become input of the next run
     entered: set[tuple[int, int]] = set()
     todo = [""]
     while todo:
@@ -178,7 +187,7 @@ def _walk(root: Path, config: PrepareConfig, listing: Listing) -> Iterator[str]:
             if entry.is_symlink() and not config.follow_symlinks:
                 listing.links_skipped += 1
             elif entry.is_dir():
-                if (root / name).absolute() != ours:
+                if (root / name).resolve() not in ours:
                     todo.append(name)
             elif _is_regular(entry):
                 yield name

@@ -27,6 +27,11 @@ def folder_of(output: Path) -> Path:
     return _sibling(output, "preparing")
 
 
+def places_of(output: Path) -> set[Path]:
+    """``output`` and its siblings, resolved: what is never input."""
+    return {output.resolve(), folder_of(output), _sibling(output, "replaced")}
+
+
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[Path]:
     """``folder_of(output)``, which nobody else works in meanwhile, with what an earlier run left in it.

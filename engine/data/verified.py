@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import time
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class Verified:
         if self._path is None or not self._changed:
             return
         body = json.dumps(self._known, sort_keys=True)
-        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+        temporary = self._path.with_name(f"{self._path.name}.{secrets.randbits(64)}.tmp")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps({"sha256": _sha256(body), "files": body}))
@@ -70,7 +71,7 @@ def _read(path: Path) -> dict:
     try:
         saved = json.loads(path.read_bytes())
         return json.loads(saved["files"]) if saved["sha256"] == _sha256(saved["files"]) else {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import readme
+from benchmarks import bench_data, readme
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -41,3 +41,15 @@ def test_the_demo_line_is_the_committed_report():
     report = json.loads((readme.RESULTS / "cpu_demo_report.json").read_text())
     assert report["verdict"] in README.read_text()
     assert report["held_out"]["loss"] < report["baselines"]["bigram"] < report["baselines"]["unigram"]
+
+
+def test_the_table_of_data_is_the_committed_result_and_its_bars_are_met():
+    result = json.loads((readme.RESULTS / "cpu_data.json").read_text())
+    assert readme.data_table(result) in (README.parent / "docs/data.md").read_text()
+    rows = result["suites"]["data"]
+    assert {row["name"].split()[0] for row in rows} == set(bench_data.jobs())
+    barred = [row for row in rows if row["values"].get("bar")]
+    assert len(barred) == len(bench_data.jobs())
+    for row in barred:
+        assert row["values"]["engine is x"] >= row["values"]["bar"], row["name"]
+    assert not [row["name"] for row in rows if row["failed"]]

@@ -103,6 +103,28 @@ def test_a_resumed_run_with_other_weights_goes_on_with_each_sources_next_block(f
     assert tuple(again[0][0][0][0]) not in rows
 
 
+def test_a_source_is_known_by_its_tokens_and_not_by_its_files(folders, tmp_path):
+    """Documents cut to one length have one index, whatever is in them; shards and one pair have two, of one content."""
+    for name in ("here", "there"):
+        with IndexedDatasetWriter(tmp_path / name / "train", VOCAB) as writer:
+            for number in range(99):
+                writer.add_document(np.full(20, number + 99 * (name == "there")))
+    steps = {"max_steps": 20, "global_batch_size": 4}
+    first, record, _, _ = run(config(tmp_path / "here", **steps), last=5)
+    _, _, notes, given = run(config(tmp_path / "there", **steps), first=5, last=6, record=record)
+    assert notes[0] == f"{tmp_path / 'there'} is new: it begins with its first block"
+    assert [one.blocks for one in given] == [20, 4]
+
+    with IndexedDatasetWriter(tmp_path / "cut" / "train-00001-of-00002", VOCAB) as writer:
+        for number in range(99):
+            writer.add_document(np.full(20, number))
+    IndexedDatasetWriter(tmp_path / "cut" / "train-00000-of-00002", VOCAB).close()
+    whole, *_ = run(config(tmp_path / "here", **steps))
+    after, _, notes, _ = run(config(tmp_path / "cut", **steps), first=5, record=record)
+    assert notes == ()
+    assert first + after == whole
+
+
 def test_a_step_means_the_position_that_the_run_comes_to_it_at(folders):
     """Resumed with other batches, a change still holds from its step on; before anything was read all is new."""
     plain = {"batch_size_schedule": None, "seq_length_schedule": []}

@@ -68,11 +68,11 @@ def lines(count: int, repeated: int) -> str:
         ("too_short", "code", "x" * 15, "x" * 16),
         ("too_long", "prose", MANY[:1000] + "x", MANY[:1000]),
         ("unreadable", "code", "\ufffd" * 11 + "a" * 89, "\ufffd" * 10 + "a" * 90),
-        ("few_letters", "prose", "abcd 12345678 90 123", "abcde 1234567890 12345"),
+        ("few_letters", "prose", "a 12345678 90 123", "ab 1234567890 12345678"),
         ("few_letters", "prose", "12 34 56 78 90 12 34 56", "12 天地玄黄 宇宙洪荒 日月盈昃"),
-        ("few_letters", "prose", "a" * 24 + " " + "1" * 73, "a" * 25 + " " + "1" * 75),
-        ("mostly_links", "prose", "see https://example.com/page now", "see this other page https://example.com/"),
-        ("repeated_lines", "prose", lines(20, 11), lines(20, 10)),
+        ("few_letters", "prose", "a" * 9 + " " + "1" * 82, "a" * 9 + " " + "1" * 81),
+        ("mostly_links", "prose", "look here https://example.com/page", "look there https://example.com/page"),
+        ("repeated_lines", "prose", lines(20, 15), lines(20, 14)),
         ("repeated_lines", "prose", lines(10, 9), lines(9, 8)),
         ("minified", "code", "a = 1; " * 71 + "b = 2", "a = 1; " * 71 + "b=2"),
     ],
@@ -93,6 +93,28 @@ def test_long_run(unit):
     assert cleaner.clean(before * MAX_RUN + unit * MAX_RUN + after + "\n" * 10_000, "code", "f") is not None
     assert cleaner.clean(before * 9 + unit * (MAX_RUN + 1) + after, "prose", "f") is None
     assert cleaner.report.dropped == {"long_run": 1}
+
+
+@pytest.mark.parametrize("sentence", ["天地玄黄、宇宙洪荒。", "ภาษาไทย", "むかし、竹取の翁", "ភាសាខ្មែរ", "མི་སྐད་"])
+def test_scripts_without_spaces_have_no_long_runs(sentence):
+    for more, dropped in (("", False), ("x" * (len(sentence) + 1), True)):
+        cleaner = Cleaner(rules=tuple(rule for rule in RULES if rule.name == "long_run"))
+        cleaner.clean((sentence + more) * (MAX_RUN // len(sentence) + 1), "prose", "f")
+        assert bool(cleaner.report.dropped) is dropped
+
+
+GOOD = {
+    "formulas": "E = mc^2; a^2 + b^2 = c^2; \u222b_0^1 x^2 dx = 1/3; \u2211_{n=1}^\u221e 1/n^2 = \u03c0\u00b2/6",
+    "a table": "| year | population |\n|---|---|\n| 1990 | 248,709,873 |\n| 2000 | 281,421,906 |\n| 2010 | 308,745 |",
+    "a song": "We will, we will rock you\n" * 8 + "Buddy, you are a boy\nPlaying in the street\nGonna be a man\n",
+    "a note": "Sound server\n\nWeb site:\n\thttps://www.example.org/sound\n\nGit:\n\thttps://git.example.org/sound/\n",
+    "a greeting": "\U0001f600\U0001f603 I love this! " + "\U0001f389" * 20,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", GOOD.values(), ids=GOOD)
+def test_small_good_documents_stay(text):
+    assert Cleaner().clean(text, "prose", "f") == text
 
 
 TEXT_PIECES = st.sampled_from([

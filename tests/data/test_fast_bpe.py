@@ -272,6 +272,17 @@ def test_what_a_single_word_is():
     assert_same(one, [shape.format(chr(point)) for point in points for shape in ("{0}#", "#{0}")])
 
 
+@pytest.mark.parametrize("content", [" ", "\n", " \n"])
+def test_blanks_that_are_tokens(content):
+    """The one before has taken what would be the next; one that takes nothing to its left is given twice."""
+    right = added("#", 901, normalized=False, rstrip=True)
+    for left in (True, False):
+        token = added(content, 900, normalized=False, lstrip=left, rstrip=left)
+        ours = tokenizer(added_tokens=[*BASE["added_tokens"], token, *([] if left else [right])])
+        ends = ("", "a", f"a{content}{content}b", f"#{content}\n")
+        assert_same(ours, [content * count + end for count in range(1, 5) for end in ends])
+
+
 NFC = tokenizer(normalizer={"type": "NFC"})
 MARKS = [
     *["e", "a", "\u0301", "\u0323", "\u0308", "é", "ạ", "\u1112", "\u1161", "\u11ab", "하", "한", "ক", "\u09be"],

@@ -16,6 +16,7 @@ from engine.data import index_cache
 from engine.data.index_cache import IndexCache, default_folder
 from engine.data.indexed import IndexedDataset, IndexedDatasetWriter
 from engine.data.samples import GROUP, SampleIndex, group_tokens
+from engine.data.verified import Verified
 from engine.errors import UserError
 
 SIZES = np.random.default_rng(0).integers(0, 60, 3 * GROUP + 5)
@@ -129,6 +130,34 @@ def test_old_leftovers_of_killed_processes_are_removed(tmp_path):
     assert [path.name for path in folder.glob("*.tmp")] == ["new.groups.2.tmp"]
 
 
+def test_what_others_keep_in_the_folder_stays(tmp_path):
+    """data.cache_dir may be /tmp."""
+    for name in ("theirs.tmp", "a.groups.tmp", "groups.1.tmp"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "folder.tmp").mkdir()
+    (tmp_path / "old.groups.1.tmp").mkdir()  # cannot be removed, which is no reason not to write
+    before = set(tmp_path.iterdir())
+    for path in before:
+        os.utime(path, (1, 1))
+    group_tokens(write(tmp_path / "data" / "train", SIZES), IndexCache(tmp_path, required=True))
+    assert before < set(tmp_path.iterdir())
+    assert len(cache_files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b'{"sha256": 1, "files": 2}', b"[" * 100_000])
+def test_what_is_remembered_of_checks_is_a_file_of_ours_or_nothing(tmp_path, content):
+    write(tmp_path / "train", SIZES)
+    Verified(tmp_path, tmp_path / "train")._path.write_bytes(content)
+    assert len(IndexedDataset(tmp_path / "train", remember=tmp_path)) == len(SIZES)
+
+
+def test_a_lock_that_cannot_be_opened_costs_work_only(tmp_path):
+    """Another user's, in a folder of a group."""
+    (tmp_path / "cache" / ".lock").mkdir(parents=True)  # root may open every file
+    dataset = write(tmp_path / "train", SIZES)
+    assert group_tokens(dataset, IndexCache(tmp_path / "cache", required=True)).tolist() == totals_of(dataset, None)
+
+
 def test_a_stopped_lock_holder_does_not_stop_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(index_cache, "_LOCK_SECONDS", 0.1)
     (tmp_path / "cache").mkdir()
@@ -144,6 +173,12 @@ def test_the_default_folder_is_beside_the_data_else_the_users(tmp_path, monkeypa
     assert default_folder(tmp_path) == Path("/somewhere/mainspring/index_cache")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_folder(tmp_path) == Path.home() / ".cache/mainspring/index_cache"
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert default_folder(tmp_path) is None  # in memory, then
 
 
 # ---- many processes, killed at any time (promise 14) ------------------------------------------------------------------

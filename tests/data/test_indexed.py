@@ -246,6 +246,23 @@ def test_a_bin_truncated_while_open_is_an_error_not_a_crash(tmp_path):
         dataset.corpus.gather(np.array([[90_000, 10, 0]]), out, out.copy())
 
 
+def test_an_index_truncated_while_open_is_an_error_not_a_crash(tmp_path):
+    """Also of the last of many shards, which are looked at in turns."""
+    for number in range(40):
+        write(tmp_path / f"train-{number:05d}-of-00040", documents_of([1] * 5_000))
+    dataset, out = IndexedDataset(tmp_path / "train"), np.empty(10, np.int64)
+
+    def read(times: int):
+        with reading([dataset]):
+            for _ in range(times):
+                dataset.corpus.gather(np.array([[9, 10, 0]]), out, out.copy())
+
+    read(9)
+    os.truncate(tmp_path / "train-00039-of-00040.idx", 100)
+    with pytest.raises(UserError, match=r"train-00039-of-00040\.idx: truncated while it is read: 100 bytes of 1"):
+        read(3)
+
+
 def test_a_bin_replaced_while_open_is_read_as_it_was(tmp_path):
     old, new = documents_of([100], seed=1), documents_of([50], seed=2)
     dataset = IndexedDataset(write(tmp_path / "train", old))

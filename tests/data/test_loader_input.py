@@ -158,7 +158,11 @@ def test_files_that_are_not_the_manifests(data, tmp_path):
     assert "train.bin: truncated" in refused(config(data))
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1, 2]"])
+@pytest.mark.parametrize("content", [
+    b"{", b"\xff\xfe", b"[1, 2]", b"[" * 100_000, b'{"splits": null}', b'{"splits": {"train": null}}',
+    b'{"splits": {"train": {"shards": null}}}', b'{"splits": {"train": {"shards": [1]}}}', b'{"vocab_size": "10"}',
+    b'{"tokenizer_sha256": [1]}',
+])
 def test_a_damaged_manifest(data, content):
     (data / "manifest.json").write_bytes(content)
     assert "manifest.json: " in refused(config(data))
@@ -172,7 +176,12 @@ def test_large_files_are_held_against_the_manifest_by_size_and_index_only(data, 
 
 def test_megatrons_own_files_need_no_manifest(tmp_path):
     folder = prepare(tmp_path / "d", manifest=False, train=[100, 50])
-    assert len(first_rows(config(folder), 2)) == 2
+    whole = first_rows(config(folder), 2)
+    for end in ("bin", "idx"):
+        (folder / f"train.{end}").rename(folder / f"train-00000-of-00002.{end}")
+        empty = prepare(tmp_path / "e", train=[]) / f"train.{end}"
+        empty.rename(folder / f"train-00001-of-00002.{end}")
+    assert first_rows(config(folder), 2) == whole
 
 
 def test_tokens_outside_the_vocabulary_are_found_when_read(data):

@@ -72,6 +72,7 @@ def test_addresses(text, masked):
         "v8.8.4.4, version 8.8.4.4, Version: 8.8.4.4, __version__ = '8.8.4.4', pip install x==8.8.4.4, >=8.8.4.4",
         "8.8.4.4.5, 1.8.8.4.4, x8.8.4.4, 8.8.4.4-1, 8.8.4.4rc1, 300.8.4.4, 8.8.4.256, 008.8.4.4, 8-8.8.4.4",
         "1.2.3.4 A heading\n  2.2.3.4 Another",
+        "Section 1.2.3.4, §8.8.4.4, OID 1.3.6.1, Linux 5.15.0.91, Mozilla/5.0 Chrome/114.0.0.0 Safari/8.8.4.4",
         "12:30:45, 00:1a:2b:3c:4d:5e, fe80::1:2:3, ::1, 2001:db8::5:6, std::a::b, x[2000::2], 3000:1:2",
         "3fff:1:2:3:4:5:6:7:8:9, 2a00:1450::1::2",
     ],
@@ -128,6 +129,7 @@ def test_assigned_secrets(name):
         'password = "correct-horse-battery-staple"', 'token = "your_token_goes_here"', 'secret = "xxxxxxxxxxxxxxxx1"',
         f'name = "{RANDOM}"', f'sha256 = "{HEX}"', f"api_key = {RANDOM}", 'api_key = "short1"',
         f"api_key = \"{RANDOM}'",
+        'tokenizer = "Qwen/Qwen2.5-Coder-32B-Instruct"', "author: 'John.Smith.1978.Berlin'", "sk-internationalisation",
         'private_key = "/etc/ssl/private/server.key"', 'token = "1234567890123456"', "risk-free, task-" + RANDOM[:5],
     ],
 )  # fmt: skip
@@ -144,7 +146,8 @@ def test_entropy_is_in_bits_a_character():
 
 
 @pytest.mark.parametrize(
-    "number", ["+49 30 901820", "+1 (415) 555 2671", "(415) 555-2671", "415-555-2671", "415.555.2671", "+442071838750"]
+    "number", ["+49 30 901820", "+1 (415) 555 2671", "(415) 555-2671", "415-555-2671", "415.555.2671", "+442071838750",
+               "+33 123 456 789", "+1.415.555.2671", "+47 22 22 22 22"]
 )
 def test_phones(number):
     assert mask(f"call {number}, please", "prose", ["phone"]) == (f"call {PHONE}, please", {"phone": 1})
@@ -152,8 +155,11 @@ def test_phones(number):
 
 
 @pytest.mark.parametrize(
-    "text", ["2024-11-21", "1-2-3", "100-200-3000", "3.14159.2653", "+5", "a+1 23", "(123) 45", "415-555-26712", "+1 2"]
-)
+    "text",
+    ["2024-11-21", "1-2-3", "100-200-3000", "3.14159.2653", "+5", "a+1 23", "(123) 45", "415-555-26712", "+1 2",
+     "up +12.34% and (+250.00) EUR", "lat +48.8566, lon +2.3522", "+15 20 25 30", "+10 000 000, +100 000 000 people",
+     "+1234567.89 and +123.456789", "@@ -12,34 +56,78 @@"],
+)  # fmt: skip
 def test_no_phones(text):
     assert mask(text, "prose", ["phone"]) == (text, {})
 

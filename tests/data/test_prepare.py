@@ -141,7 +141,7 @@ def test_tokenizer_is_trained_on_the_training_documents_alone(corpus):
     training = texts_of(corpus.parent / "out", "train")
     assert manifest["tokenizer_sha256"] == train_tokenizer(training, 400).sha256
     size = sum(len(text.encode()) for text in training)
-    assert manifest["tokenizer"]["trained"] == {"kind": "bpe", "documents": len(training), "bytes": size}
+    assert manifest["tokenizer"]["trained"] == {"kind": "bpe", "form": "huggingface", "documents": len(training), "bytes": size}
 
 
 def test_rerun_elsewhere_is_byte_identical(corpus, monkeypatch):
@@ -447,3 +447,15 @@ def test_preparing_imports_no_torch(corpus):
     code = "import sys, engine.data.prepare; sys.exit(bool({'torch', 'transformers', 'megatron'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
 
+
+
+def test_a_sentencepiece_tokenizer_is_trained_where_one_is_wanted(tmp_path):
+    (tmp_path / "in.txt").write_text("Ein Satz, und noch ein Satz. ▁ä☃\n" * 40, encoding="utf-8")
+    settings = {"input": [tmp_path / "in.txt"], "output": tmp_path / "out", "vocab_size": 300, "skip_rule": [
+        "repeated_lines", "repeated_words"]}
+    manifest = prepare(PrepareConfig(**settings, tokenizer_form="sentencepiece"))
+    assert (tmp_path / "out/tokenizer/tokenizer.model").is_file()
+    assert manifest["tokenizer"]["trained"]["form"] == "sentencepiece"
+    assert manifest["tokenizer"]["documents_not_restored"] == 0
+    with pytest.raises(UserError, match="tokenizer_form"):
+        prepare(PrepareConfig(**settings))

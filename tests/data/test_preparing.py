@@ -194,6 +194,20 @@ def test_a_stopped_run_goes_on(corpus):
         shutil.rmtree(out)
 
 
+def test_a_stopped_run_goes_on_with_other_workers(corpus):
+    with pytest.raises(Stopped):
+        prepare(config(corpus, workers=3), execute=stop_after(5))
+    said, seen = [], []
+
+    def execute(job):
+        seen.append((job.config.workers, Job(job.folder).config.workers))
+        local.run(job, finished=str, progress=str)
+
+    prepare(config(corpus, workers=1), execute=execute, log=said.append)
+    assert said[0].startswith("goes on")
+    assert seen == [(1, 1)]
+
+
 def test_what_was_changed_is_done_afresh(corpus):
     for change in ({"vocab_size": 410}, {"min_characters": 5}):
         with pytest.raises(Stopped):
@@ -376,6 +390,33 @@ def test_workers_end_with_their_parent(collector):
         time.sleep(0.02)
 
 
+def test_a_worker_whose_parent_is_gone_says_nothing(corpus):
+    job = begin(config(corpus))
+    assert isinstance(job, Job)
+    paths = os.pathsep.join(path for path in sys.path if path)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "engine.data.preparing.worker", str(job.folder)], env=os.environ | {"PYTHONPATH": paths},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    assert worker.stderr is not None
+    worker.stdout.close()
+    worker.stdin.write(b'{"step": "read", "task": 0, "threads": 1}\n')
+    worker.stdin.flush()  # its input stays open: it is its answer that nobody hears
+    assert worker.wait(timeout=60) == 0
+    assert worker.stderr.read() == b""
+    worker.stdin.close()
+
+
+def test_the_current_folder_hides_no_module_of_ours(corpus, monkeypatch):
+    monkeypatch.chdir(corpus)
+    (corpus / "queue.py").write_text("raise SystemExit('not this one')\n")
+    (corpus / "engine").mkdir()
+    (corpus / "engine" / "__init__.py").write_text("")
+    prepare(config(corpus, workers=2, exclude=["*.py"]))
+
+
 def _processes_with(text: str) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -430,7 +471,7 @@ def test_tokenizer_sample_keeps_to_its_budget(corpus):
     some = prepare(config(corpus, unit_mb=0.2, tokenizer_sample_mb=0.02))["tokenizer"]["trained"]
     assert 0.015e6 < some["bytes"] < 0.025e6
     assert prepare(config(corpus, "one", unit_mb=0.2, tokenizer_sample_mb=1e-9))["tokenizer"]["trained"] | {
-        "bytes": 0} == {"kind": "bpe", "documents": 1, "bytes": 0}  # fmt: skip
+        "bytes": 0} == {"kind": "bpe", "form": "huggingface", "documents": 1, "bytes": 0}  # fmt: skip
 
 
 def test_small_inputs_start_no_processes(corpus, monkeypatch):

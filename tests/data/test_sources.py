@@ -42,6 +42,15 @@ def test_exclude_hidden_and_our_own_output(tmp_path):
     assert names(cfg) == [".git/x.txt", ".hidden.txt", "keep.txt"]
 
 
+@pytest.mark.parametrize("output", ["in/out", "in/../in/out", "link/out"])
+def test_no_place_of_ours_is_input_however_it_is_named(tmp_path, output):
+    root = tree(tmp_path / "in", "a.txt", "b/.c.txt")
+    (tmp_path / "link").symlink_to(root)
+    for place in ("out", ".out.preparing", ".out.replaced"):
+        tree(root / place, "quarantine.jsonl", "read/00000/text.txt")
+    assert names(config(root, include_hidden=True, output=tmp_path / output)) == ["a.txt", "b/.c.txt"]
+
+
 def test_links_are_named_and_loops_are_cut(tmp_path):
     root = tree(tmp_path / "in", "a/one.txt")
     tree(tmp_path / "elsewhere", "two.txt")

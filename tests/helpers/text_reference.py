@@ -135,9 +135,9 @@ def verdict(text: str, kind: str, shortest: int, longest: int, longest_run: int)
         "too_long": len(text) > longest,
         "unreadable": text.count("\ufffd") > 0.1 * len(text),
         "long_run": any(len(run) > longest_run for run in runs),
-        "few_letters": prose and len(LETTER.findall(text)) < 0.25 * shown,
-        "mostly_links": prose and "://" in text and sum(map(len, URL.findall(text))) > 0.5 * len(text),
-        "repeated_lines": prose and len(lines) >= 10 and repeated > 0.5 * sum(map(len, lines)),
+        "few_letters": prose and 10 * len(LETTER.findall(text)) < shown,
+        "mostly_links": prose and "://" in text and 10 * sum(map(len, URL.findall(text))) > 7 * len(text),
+        "repeated_lines": prose and len(lines) >= 10 and 10 * repeated > 7 * sum(map(len, lines)),
         "minified": not prose and len(text) > 500 * (text.count("\n") + 1),
     }
     return next((name for name, drops in rules.items() if drops), None)

@@ -161,8 +161,9 @@ def begin(folder: Path, config: PrepareConfig, settings: dict[str, Any], listing
         _clear(folder, keep=units)
         np.array(places, "<u8").tofile(folder / PLACES)
         os.replace(units, folder / UNITS)
-        (folder / f"{PLAN}.new").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-        os.replace(folder / f"{PLAN}.new", folder / PLAN)
+    # Of the same job too: it may go on with fewer workers.
+    (folder / f"{PLAN}.new").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    os.replace(folder / f"{PLAN}.new", folder / PLAN)
     return Job(folder), goes_on
 
 

@@ -66,7 +66,8 @@ class Pool:
         paths = [path for path in sys.path if path]
         one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
         process = subprocess.Popen(
-            [sys.executable, "-m", "engine.data.preparing.worker", str(self.job.folder)],
+            # -P: a folder of sources may hold a queue.py, and that is not ours.
+            [sys.executable, "-P", "-m", "engine.data.preparing.worker", str(self.job.folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, process_group=0,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (one if self.count > 1 else {}),
         )  # fmt: skip

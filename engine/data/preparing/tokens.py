@@ -44,10 +44,10 @@ def tokenizer(job: Job, task: int, folder: Path, context: Context) -> None:
         sample = _Sample(job, context)
         made = train_tokenizer(
             sample.texts(), config.trained_vocab_size, config.tokenizer_kind, specials=config.special_tokens,
-            eod_token=config.eod_token or EOD,
+            eod_token=config.eod_token or EOD, form=config.tokenizer_form,
         )  # fmt: skip
         made.save(folder / "model")
-        trained = {"kind": config.tokenizer_kind, "documents": sample.documents, "bytes": sample.size}
+        trained = {"kind": config.tokenizer_kind, "form": config.tokenizer_form, "documents": sample.documents, "bytes": sample.size}
     (folder / TRAINED).write_text(json.dumps(trained), encoding="utf-8")
 
 

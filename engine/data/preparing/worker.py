@@ -79,8 +79,11 @@ class _Report:
 
 
 def _say(answers: TextIO, what: dict[str, Any]) -> None:
-    answers.write(json.dumps(what) + "\n")
-    answers.flush()
+    try:
+        answers.write(json.dumps(what) + "\n")
+        answers.flush()
+    except BrokenPipeError:  # the parent is gone, and who reads this has no use for a traceback
+        os._exit(0)
 
 
 if __name__ == "__main__":
