@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <tuple>
+#include <unordered_map>
 
 #include "clones.hpp"
 #include "minhash.hpp"
@@ -17,6 +18,7 @@ namespace {
 constexpr uint64_t BAND_SEED = 1 << 20, ROW_SEED = 3, PAIRS_SEED = 4;
 constexpr uint64_t ROWS_AT_ONCE = 65536;  // 10 MB at 128 permutations
 constexpr uint64_t ANY_LEADERS = 32, LEADERS = 64;
+constexpr uint64_t PAIRS_EACH = 8;  // of a document in a key of more than LEADERS: one of its likes will stay
 constexpr uint64_t READ_AHEAD = 8;  // rows nobody asked for cost less than another read
 
 uint64_t pack(uint32_t unit, uint32_t document) { return uint64_t{unit} << 32 | document; }
@@ -88,7 +90,8 @@ class Rows {
     std::vector<uint8_t> rows_, buffer_;
 };
 
-// The documents of one key, compared one after another.
+// The documents of one key, compared one after another: each with the leaders so far. A copy of a leader leads nobody:
+// it goes where the leader stays, and where the leader goes, it goes for the same document.
 class Group {
    public:
     Group(const PairOptions& options, const Header& header, uint64_t size, std::vector<Duplicate>& out)
@@ -96,21 +99,33 @@ class Group {
           all_(size <= LEADERS), out_(out) {}
 
     void add(uint64_t document, const uint8_t* row) {
-        bool alone = true;
-        for (uint64_t i = 0; i < leaders_.size(); ++i) {
+        bool alone = true, copy = false;
+        uint64_t pairs = 0;
+        for (uint64_t i = 0; i < leaders_.size() && (all_ || pairs < PAIRS_EACH); ++i) {
             const uint8_t* other = &rows_[i * width_];
             if (equal_bytes(row, other, permutations_) < options_.matches) continue;
             alone = false;
-            if (!in_earlier_band(row, other))
-                out_.push_back({high(document), low(document), high(leaders_[i]), low(leaders_[i])});
+            copy |= std::memcmp(row, other, width_) == 0;
+            pairs += put(document, leaders_[i], row, other);
         }
+        if (copy) return;
         if (leaders_.size() < (all_ || alone ? LEADERS : ANY_LEADERS)) {
             leaders_.push_back(document);
             rows_.insert(rows_.end(), row, row + width_);
+        } else if (options_.band == 0) {  // copies share all bands
+            const auto [at, first] = led_.try_emplace(hash_bytes(row, width_, 0), document);
+            if (!first) put(document, at->second, row, row);
         }
     }
 
    private:
+    // Whether the pair is this band's to report.
+    bool put(uint64_t document, uint64_t earlier, const uint8_t* row, const uint8_t* other) {
+        if (in_earlier_band(row, other)) return false;
+        out_.push_back({high(document), low(document), high(earlier), low(earlier)});
+        return true;
+    }
+
     bool in_earlier_band(const uint8_t* a, const uint8_t* b) const {
         for (uint64_t at = permutations_; at < permutations_ + 2 * options_.band; at += 2)
             if (a[at] == b[at] && a[at + 1] == b[at + 1]) return true;
@@ -123,6 +138,7 @@ class Group {
     std::vector<Duplicate>& out_;
     std::vector<uint64_t> leaders_;
     std::vector<uint8_t> rows_;
+    std::unordered_map<uint64_t, uint64_t> led_;  // of those who lead nobody the first with each row, by its hash
 };
 
 // The band's records of all units in the range, sorted; and a header, for what is the same in all files.

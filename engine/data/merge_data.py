@@ -33,6 +33,7 @@ from engine.errors import UserError
 Log = Callable[[str], None]
 MERGED = "merged_from"
 _COUNTS = ("documents", "tokens", "bytes")
+_OF_INPUTS = ("cleaning", "dedup", "near_dedup", "settings", MERGED)
 _SPLIT_SETTINGS = ("seed", "validation_fraction", "test_fraction")
 
 
@@ -263,7 +264,7 @@ def _manifest(config: MergeDataConfig, inputs: list[_Input], splits: dict[str, A
         "sources": [source for one in all_of for source in one.get("sources", [])],
         MERGED: [
             {"path": show(each.directory.name), "manifest_sha256": each.sha256}
-            | {name: each.manifest[name] for name in ("cleaning", "dedup", "settings", MERGED) if name in each.manifest}
+            | {name: each.manifest[name] for name in _OF_INPUTS if name in each.manifest}
             for each in inputs
         ],
         "settings": {"shards": config.shards} | {

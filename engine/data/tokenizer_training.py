@@ -30,6 +30,7 @@ _PIECE = 1_000_000
 _LINE = 2000
 # It writes U+2581 for a space and ends words with U+2585; a line with NUL would be left out.
 _NOT_LEARNED = dict.fromkeys([0, 0x2581, 0x2585])
+_SPACE = "\u2581"  # as bytes, for want of a piece in text without spaces, it would come back as itself
 
 
 def special_tokens(count: int, eod: str = EOD) -> list[str]:
@@ -118,7 +119,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, specials: list[st
     eod, *rest = specials
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=_lines(texts), model_writer=trained, model_type=kind, vocab_size=vocab_size,
-        hard_vocab_limit=False, byte_fallback=True, character_coverage=0.9995, max_sentence_length=8 * _LINE,
+        hard_vocab_limit=False, byte_fallback=True, character_coverage=0.9995, required_chars=_SPACE,
+        max_sentence_length=8 * _LINE,
         normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True, split_digits=True, num_threads=1, minloglevel=2,
         eos_id=0, eos_piece=eod, bos_id=-1, unk_id=len(specials), pad_id=1 if rest else -1,

@@ -16,7 +16,6 @@ from engine.data import index_cache
 from engine.data.index_cache import IndexCache, default_folder
 from engine.data.indexed import IndexedDataset, IndexedDatasetWriter
 from engine.data.samples import GROUP, SampleIndex, group_tokens
-from engine.data.verified import Verified
 from engine.errors import UserError
 
 SIZES = np.random.default_rng(0).integers(0, 60, 3 * GROUP + 5)
@@ -142,13 +141,6 @@ def test_what_others_keep_in_the_folder_stays(tmp_path):
     group_tokens(write(tmp_path / "data" / "train", SIZES), IndexCache(tmp_path, required=True))
     assert before < set(tmp_path.iterdir())
     assert len(cache_files(tmp_path)) == 1
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"null", b'{"sha256": 1, "files": 2}', b"[" * 100_000])
-def test_what_is_remembered_of_checks_is_a_file_of_ours_or_nothing(tmp_path, content):
-    write(tmp_path / "train", SIZES)
-    Verified(tmp_path, tmp_path / "train")._path.write_bytes(content)
-    assert len(IndexedDataset(tmp_path / "train", remember=tmp_path)) == len(SIZES)
 
 
 def test_a_lock_that_cannot_be_opened_costs_work_only(tmp_path):

@@ -104,6 +104,29 @@ def test_keys_of_many_documents(tmp_path, count, originals):
     assert len(found) >= 0.9 * len(plain(signatures, SMALL))
 
 
+def test_copies_go_however_many_documents_share_their_key(tmp_path):
+    """Unlike ones, far more than are compared with each other, each three times; and the pairs stay few."""
+    rng = np.random.default_rng(3)
+    config = NearDedupConfig(permutations=16, bands=4, rows=2, threshold=0.9)
+    signatures = rng.integers(0, 2**32 - 1, (300, 16), dtype=np.uint32)
+    signatures[:, :8] = 7
+    files = write(tmp_path, np.concatenate([signatures, signatures, signatures]), [450], config)
+    found = dict(numbers(near_duplicates(files, config), [450]))
+    assert found == {doc: doc % 300 for doc in range(300, 900)}
+    write_pairs(tmp_path / "pairs", files, config, 0)
+    assert _dedup.header(str(tmp_path / "pairs"))["records"] == 600
+
+
+def test_one_text_a_thousand_times_is_a_thousand_pairs(tmp_path):
+    rng = np.random.default_rng(4)
+    same = write(tmp_path, np.zeros((1000, 16), np.uint32), [])
+    write_pairs(tmp_path / "pairs", same, SMALL, 0)
+    assert _dedup.header(str(tmp_path / "pairs"))["records"] == 999
+    family = write(tmp_path, variants(rng, 1000, 1, change=0.1), [])
+    write_pairs(tmp_path / "pairs", family, SMALL, 0)
+    assert _dedup.header(str(tmp_path / "pairs"))["records"] <= 8 * 1000
+
+
 def test_a_key_with_more_documents_than_are_read_at_once(tmp_path):
     signatures = np.zeros((70_000, 16), np.uint32)
     signatures[1::2, 8:] = 1  # two kinds that share the first four bands, and are half alike

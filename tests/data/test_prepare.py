@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from engine.config.prepare import PrepareConfig
 from engine.data import manifest as manifests
 from engine.data import staging
 from engine.data.indexed import IndexedDataset
-from engine.data.prepare import main, prepare
+from engine.data.prepare import Console, main, prepare
 from engine.data.spool import split_key
 from engine.data.tokenizer import load_tokenizer, train_tokenizer
 from engine.errors import UserError
@@ -441,6 +443,20 @@ def test_command_line(corpus, capsys):
         main(["--input", str(corpus), "--output", str(out), "--vocab_size", "100"])
     with pytest.raises(UserError, match="min_characters: 9 is above max_characters 5"):
         settings(corpus, min_characters=9, max_characters=5)
+
+
+def test_progress_on_a_terminal_makes_way_for_what_follows(monkeypatch):
+    shown = io.StringIO()
+    shown.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(time, "monotonic", iter(range(100)).__next__)
+    console = Console()
+    console.progress("read: half")
+    console.log("all read")
+    console.progress("merge: half")
+    console.close()
+    console.close()
+    assert shown.getvalue() == "\r\x1b[Kread: half\r\x1b[Kall read\n\r\x1b[Kmerge: half\r\x1b[K"
 
 
 def test_preparing_imports_no_torch(corpus):

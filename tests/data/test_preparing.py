@@ -314,8 +314,10 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
                 lines.write(json.dumps({"text": f"{words} {body[number % 100:]}"}) + "\n")
     assert (tmp_path / "large.jsonl").stat().st_size > 40_000_000
     paths = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": paths, "MALLOC_ARENA_MAX": "1"}, check=False)  # fmt: skip
+    # A thread's stack takes address space too, 8 MB at once, and glibc keeps as many as it likes.
+    small = "ulimit -S -s 1024; exec \"$@\""
+    done = subprocess.run(["bash", "-c", small, "-", sys.executable, "-c", MEASURE, tmp_path], capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": paths, "MALLOC_ARENA_MAX": "1"}, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["kept"] > 20_000
 
@@ -433,6 +435,16 @@ def test_a_fault_of_ours_in_a_worker_shows_its_traceback(corpus, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(corpus.parent), *sys.path])
     with pytest.raises(RuntimeError, match=r"(?s)read \d+ failed in a worker process:\nTraceback.*'NoneType' object"):
         prepare(config(corpus, workers=2))
+
+
+def test_short_of_memory_without_a_worker(corpus, monkeypatch):
+    def none(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(read, "_write_runs", none)
+    with pytest.raises(Interrupted, match=r"out of memory in read 0\. Start it again with more, or"):
+        prepare(config(corpus))
+    assert staging.folder_of(corpus.parent / "out").is_dir()
 
 
 def test_a_file_that_changes_meanwhile_is_an_error(corpus):

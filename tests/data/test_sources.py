@@ -8,6 +8,7 @@ import pytest
 from datafiles import Shuffled
 from readings import config, read, tree
 
+from engine.data import sources
 from engine.data.sources import list_files
 from engine.errors import UserError
 
@@ -74,6 +75,28 @@ def test_special_files_do_not_block(tmp_path):
     root = tree(tmp_path / "in", "a.txt")
     os.mkfifo(root / "pipe.txt")
     assert names(config(root)) == ["a.txt"]
+
+
+def test_a_file_that_is_gone_since_it_was_found(tmp_path, monkeypatch):
+    root = tree(tmp_path / "in", "a.txt", "gone.txt")
+    found = sources._files_of
+
+    def _files_of(*given):
+        files = found(*given)
+        (root / "gone.txt").unlink()
+        return files
+
+    monkeypatch.setattr(sources, "_files_of", _files_of)
+    listing = list_files(config(root))
+    assert [file.name for file in listing.files] == ["a.txt"]
+    assert listing.unreadable == [(f"{root}/gone.txt", "No such file or directory")]
+
+
+def test_a_saved_dataset_without_one_of_its_files(tmp_path):
+    root = tree(tmp_path / "in", "dataset_info.json")
+    (root / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    with pytest.raises(UserError, match=r"in/data-00000-of-00001\.arrow: No such file or directory\. Check --input"):
+        list_files(config(root))
 
 
 def test_name_that_is_not_utf8(tmp_path):

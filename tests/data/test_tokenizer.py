@@ -83,6 +83,15 @@ def test_layout_of_a_trained_vocabulary():
     ).decode("utf-8", "replace")
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("text", ["", "a", "\u4e2d\u6587" * 50, "\u4e2d" * 5000 + "\u6587 \u5b57"])
+def test_a_space_that_was_hardly_seen_comes_back(text, kind):
+    made = train_tokenizer([text], 320, kind, form="sentencepiece")
+    for other in ("a b", "  ", "\u2581 \u2581", "x\n y ", text):
+        assert made.decode(made.encode(other)) == other
+
+
+
 @pytest.mark.parametrize("tokenizer", [SP_BPE, SP_UNIGRAM], ids=["bpe", "unigram"])
 def test_layout_of_a_trained_sentencepiece_model(tokenizer, tmp_path):
     assert [tokenizer.token_id(token) for token in special_tokens(24)] == list(range(24))

@@ -1,4 +1,4 @@
-"""The steps of `prepare` as datatrove blocks, for any executor of datatrove's, and its local one as `--executor datatrove`.
+"""The steps of `prepare` as datatrove blocks, for any of its executors, and its local one as `--executor datatrove`.
 
 A block of rank r of w does the tasks r, r + w, … of its step that are not done: how many there are is known only when
 the step before is complete, and datatrove wants a number at the start.

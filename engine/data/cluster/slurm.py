@@ -1,7 +1,7 @@
-"""The steps of `prepare` on Slurm: a job array for each step that waits for the one before, and a last job that publishes.
+"""The steps of `prepare` on Slurm: a job array for each step, behind the one before, and a last job that publishes.
 
-The scripts lie in the job's folder. An array's job r of w does the tasks r, r + w, … of its step; what is done is passed
-over, so the same command submitted again goes on after a failure.
+The scripts lie in the job's folder. An array's job r of w does the tasks r, r + w, … of its step; what is done is
+passed over, so the same command submitted again goes on after a failure.
 """
 
 from __future__ import annotations
@@ -22,15 +22,25 @@ _SINGLE = ("choose", "tokenizer", "group", "manifest")
 
 
 def scripts(job: Job) -> list[tuple[str, str]]:
-    """(name, text) of each script, in order. The word DEPENDENCY is for `submit`, nothing of the text changes."""
+    """(name, text) of each script, in order: to be submitted one behind the other. What they need lies there then."""
     found = []
     for step in STEPS:
         array = 1 if step.name in _SINGLE else min(job.config.cluster.tasks, max(job.units, 1))
-        words = [sys.executable, "-m", "engine.data.cluster.slurm", str(job.folder), step.name]
+        words = [sys.executable, "-P", "-m", "engine.data.cluster.slurm", str(job.folder), step.name]
         found.append((step.name, _script(job, step.name, array, words)))
-    config = job.folder / "config.yaml"
-    publish = [sys.executable, "-m", "engine.cli", "prepare", "--config", str(config)]
+    publish = [sys.executable, "-P", "-m", "engine.cli", "prepare", "--config", str(_alone(job))]
     return [*found, ("publish", _script(job, "publish", 1, publish))]
+
+
+def _alone(job: Job) -> Path:
+    """The configuration of the last job, which finds all done; and beside it the folder of the logs, without which
+    Slurm starts nothing."""
+    from engine.config import dump_yaml
+
+    (job.folder / "slurm").mkdir(exist_ok=True)
+    path = job.folder / "config.yaml"
+    path.write_text(dump_yaml(PrepareConfig.model_validate(job.config.model_dump() | {"executor": "local"})), "utf-8")
+    return path
 
 
 def _script(job: Job, name: str, array: int, words: list[str]) -> str:
@@ -49,17 +59,13 @@ def _script(job: Job, name: str, array: int, words: list[str]) -> str:
 
 def submit(job: Job) -> list[str]:
     """Writes the scripts and submits them, each behind the one before. Returns the ids. UserError where sbatch fails."""
-    from engine.config import dump_yaml
-
     folder = job.folder / "slurm"
-    folder.mkdir(exist_ok=True)
-    alone = PrepareConfig.model_validate(job.config.model_dump() | {"executor": "local"})
-    (job.folder / "config.yaml").write_text(dump_yaml(alone), encoding="utf-8")
     ids: list[str] = []
     for name, text in scripts(job):
         path = folder / f"{name}.sbatch"
         path.write_text(text, encoding="utf-8")
-        after = [f"--dependency=afterok:{ids[-1]}"] if ids else []
+        # One that waits for what has failed would wait for ever.
+        after = [f"--dependency=afterok:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []
         ids.append(_sbatch(["sbatch", "--parsable", *after, str(path)]))
     return ids
 

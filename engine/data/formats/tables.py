@@ -240,7 +240,10 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow
         import pyarrow.ipc
         import pyarrow.parquet
-    except ImportError:
+    except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError):  # it is there: short of address space, or a library it needs
+            problem = f"pyarrow cannot be loaded ({' '.join(str(error).split())[:200]})"
+            raise UserError(problem, where=str(path), fix="Give more memory, or mend pyarrow.") from None
         name = path.suffix.lower().strip(".").capitalize()
         raise UserError(f"{name} files need pyarrow", where=str(path), fix="pip install pyarrow") from None
     return pyarrow

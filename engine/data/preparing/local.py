@@ -11,6 +11,7 @@ from engine.data.preparing.context import Context
 from engine.data.preparing.job import Job
 from engine.data.preparing.pool import Pool
 from engine.data.preparing.steps import STEPS, Step
+from engine.errors import Interrupted
 
 # A worker is up in half a second, in which one process reads and tokenizes a few tens of MB.
 _SMALL = 32_000_000
@@ -38,9 +39,17 @@ def run(job: Job, *, finished: Callable[[str], None], progress: Callable[[str], 
             else:
                 threads = job.config.workers or available_cores()
                 for task in tasks:
-                    step.run(job, task, Context(threads, lambda size, meter=meter: meter.add(size, 0)))
+                    _run_here(step, job, task, Context(threads, lambda size, meter=meter: meter.add(size, 0)))
                     meter.add(0, 1)
             finished(step.name)
+
+
+def _run_here(step: Step, job: Job, task: int, context: Context) -> None:
+    try:
+        step.run(job, task, context)
+    except MemoryError:
+        fix = "Start it again with more, or with a lower --unit_mb or --max_line_mb."
+        raise Interrupted(f"out of memory in {step.name} {task}", where=str(job.folder), fix=fix) from None
 
 
 @dataclass
