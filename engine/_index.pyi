@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 class Truncated(Exception):
-    """A mapped .bin that shrank: args are its path and the bytes that are left."""
+    """A mapped file that shrank: args are its path and the bytes that are left."""
 
 class Map:
     """A file mapped for reading; a buffer. Keeps no descriptor open. OSError when it cannot be read."""

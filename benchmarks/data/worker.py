@@ -6,54 +6,51 @@ process tree's, sampled), and what the side found.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# A process of its own: builders that hold the GIL would stop a thread. Reads until its stdin is closed.
+_SAMPLER = """
+import contextlib, os, select, sys
 import psutil
-
-_INTERVAL = 0.02  # seconds between two looks at the memory
-
-
-def resident_bytes() -> int:
-    """Private memory of this process and all below it: no pages of mapped files, since every side maps its data."""
-    process, total = psutil.Process(), 0
+def resident():
+    process, total = psutil.Process(int(sys.argv[1])), 0
     for each in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
-            memory = each.memory_info()
-            total += memory.rss - memory.shared
+            if each.pid != os.getpid():
+                memory = each.memory_info()
+                total += memory.rss - memory.shared
     return total
+peak = start = resident()
+print("ready", flush=True)
+while not select.select([sys.stdin], [], [], 0.02)[0]:
+    peak = max(peak, resident())
+print(max(peak, resident()) - start)
+"""
 
 
 class PeakMemory:
-    """Highest ``resident_bytes`` while the context is open, above that at its start, in bytes."""
+    """``above_start``: the highest private memory (bytes) of this process and all below it while the context was open,
+    above that at its start. Pages of mapped files are not in it, since every side maps its data."""
+
+    above_start = 0
 
     def __enter__(self) -> PeakMemory:
-        self.start = self.peak = resident_bytes()
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        self._sampler = subprocess.Popen([sys.executable, "-c", _SAMPLER, str(os.getpid())], text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._sampler.stdout is not None
+        self._sampler.stdout.readline()
         return self
 
-    def _watch(self) -> None:
-        while not self._end.wait(_INTERVAL):
-            self.peak = max(self.peak, resident_bytes())
-
     def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-        self.peak = max(self.peak, resident_bytes())
-
-    @property
-    def above_start(self) -> int:
-        return self.peak - self.start
+        self.above_start = int(self._sampler.communicate()[0])
 
 
 def measure(job: str, side: str, folder: Path, size: int) -> dict[str, Any]:

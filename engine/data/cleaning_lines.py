@@ -53,15 +53,21 @@ _KIND_OF = _spellings()
 # A word that must be in the line, and what it must then be, both in lower case.
 _PATTERNS = {
     "cookie": ("cookies", re.compile(
-        r"(?:this|our) (?:web)?(?:site|page) uses cookies\b.*|(?:we|we and our partners) use cookies\b.*|"
-        r"by (?:continuing|using|browsing|clicking)\b.*\bcookies\b.*|"
+        r"(?:(?:this|our) (?:web)?(?:site|page) uses|(?:we|we and our partners) use) cookies\b(?:\W*| (?:and|on|"
+        r"in order|to (?:improve|ensure|give|provide|offer|enhance|help|make|deliver|personali[sz]e|analy[sz]e|"
+        r"understand))\b.*)|"
+        r"by (?:continuing|using|browsing|clicking)\b.*\b(?:you|agree|accept|consent)\b.*\bcookies\b.*|"
         r"(?:i )?accept (?:all )?(?:the use of )?cookies\W*")),
     "javascript": ("notice", re.compile(
-        r"(?:please )?(?:enable|turn on|activate) javascript\b.*|javascript (?:is|must be) (?:disabled|enabled)\b.*|"
-        r"(?:this (?:site|page|website|feature)|you need to enable|your browser)\b.*\bjavascript\b.*")),
+        r"(?:(?:please |you need to )?(?:enable|turn on|activate) javascript|javascript (?:is|must be) "
+        r"(?:disabled|enabled))(?:\W*| (?:in (?:your|this)|to|on|and|for)\b.*)|"
+        r"this (?:site|page|website|feature) (?:needs|requires|uses|relies on|works best with) javascript\b.*|"
+        r"your browser (?:does not|doesn't|has|must|is not)\b.*\bjavascript\b.*")),
     "will not be published": ("account", re.compile(r"your e-?mail address will not be published\b.*")),
     "\u00a9": ("notice", re.compile(r"(?:copyright )?\u00a9 ?(?:copyright )?\d{4}.{0,80}")),
-    "all rights reserved": ("notice", re.compile(r"(?:copyright\b|\u00a9|\(c\)).*\ball rights reserved\b.{0,40}")),
+    "all rights reserved": ("notice", re.compile(
+        r"(?:copyright\b(?=.*\d{4}|.*\u00a9|.*\(c\)|[^.]*\. all)|\u00a9|\(c\) ?\d{4}).*\ball rights reserved\b"
+        r".{0,40}")),
 }  # fmt: skip
 _MENU_WORDS = frozenset([
     "home", "about", "about us", "contact", "contact us", "login", "log in", "sign in", "sign up", "register", "search",
@@ -114,7 +120,13 @@ _KEPT_HEAD = re.compile(r"#!|#.*coding[:=]|<\?")  # a shebang, an encoding, an o
 _LINE_COMMENT = re.compile(
     r"[ \t]*(?:#(?![ \t]*(?:include|define|if|ifn?def|pragma|undef|import|error)\b)|//|--|;|%|!)"
 )
-_LICENCE = re.compile(r"copyright|licen[cs]e|spdx-|all rights reserved|\(c\) ?\d{4}", re.IGNORECASE)
+# What a licence says of itself; a comment about licences, or about what a module does with them, says other things.
+_LICENCE = re.compile(
+    r"\bcopyright(?:\s*$|\s*(?:\(c\)|\u00a9|:|\d{4}|by\b|(?-i:[A-Z])))|\u00a9 ?\d{4}|\(c\) ?\d{4}|spdx-|"
+    r"all rights reserved|^\W*(?:the )?(?:\w+ )?licen[cs]e(?:\s*:|\s*$)|licen[cs]ed (?:under|to)\b|"
+    r"under (?:the|a|an)\b.{0,60}\blicen[cs]e\b|(?:see|read) (?:the )?licen[cs]e\b|permission is hereby granted|"
+    r"redistribution and use", re.IGNORECASE | re.MULTILINE,
+)  # fmt: skip
 
 
 def remove_licence_header(code: str) -> tuple[str, int, str]:

@@ -1,9 +1,9 @@
 """Sample order of one dataset: epoch after epoch of blocks of S + 1 tokens, each epoch shuffled anew.
 
 The N documents are in G = ceil(N / 512) groups: group g has the documents g, g + G, g + 2 G, …, so that each samples
-the whole dataset. Epoch e lays the groups in an order of key (seed, e) in one row, the documents of each group in an order
-of key (seed, e, g), and cuts the row of T tokens into (T - 1) // S blocks; block b has the tokens [b S, b S + S], so
-neighbours share one, and every token of a block but the last has its label. The blocks come in an order of key
+the whole dataset. Epoch e lays the groups in an order of key (seed, e) in one row, the documents of each group in an
+order of key (seed, e, g), and cuts the row of T tokens into (T - 1) // S blocks; block b has the tokens [b S, b S +
+S], so neighbours share one, and every token of a block but the last has its label. The blocks come in an order of key
 (seed, e). Nothing else enters: not the number of steps, ranks or workers, and not how the dataset is cut into shards.
 
 No array is as long as the documents or the blocks. The tokens of each group (8 bytes of 512 documents) do not depend on

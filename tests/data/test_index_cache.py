@@ -60,7 +60,7 @@ def test_the_cache_is_used_and_equals_what_is_built(tmp_path, monkeypatch):
 def test_the_cache_serves_every_seed_length_and_epoch(tmp_path):
     dataset = write(tmp_path / "train", SIZES)
     for seed, seq_length in ((3, 8), (4, 8), (3, 9), (-1, 8)):
-        cached, fresh = (SampleIndex(dataset, seq_length, seed, IndexCache(folder)) for folder in (tmp_path / "c", None))
+        cached, fresh = (SampleIndex(dataset, seq_length, seed, IndexCache(at)) for at in (tmp_path / "c", None))
         turns = np.arange(3 * fresh.blocks_per_epoch)
         np.testing.assert_array_equal(cached.locate(turns), fresh.locate(turns))
         np.testing.assert_array_equal(cached.order.starts(2, turns[:99]), fresh.order.starts(2, turns[:99]))
@@ -173,7 +173,7 @@ def test_the_default_folder_is_beside_the_data_else_the_users(tmp_path, monkeypa
     assert default_folder(tmp_path) is None  # in memory, then
 
 
-# ---- many processes, killed at any time (promise 14) ------------------------------------------------------------------
+# ---- many processes, killed at any time (promise 14) -----------------------------------------------------------------
 
 
 def cold_start(prefix, folder, barrier=None, results=None):
@@ -208,7 +208,7 @@ def test_16_processes_starting_together_agree(tmp_path, monkeypatch, with_locks)
 
 
 def test_50_cold_starts_with_kills_and_edits_never_read_a_partial_or_an_old_file(tmp_path):
-    """Each round starts processes, kills them at random instants, and sometimes edits the data; who is left is right."""
+    """Each round starts processes, kills them at random instants, sometimes edits the data; who is left is right."""
     context, folder, choose = multiprocessing.get_context("fork"), tmp_path / "cache", np.random.default_rng(0)
     dataset, expected = write(tmp_path / "train", SIZES), b""
     for cold in range(50):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -50,7 +51,8 @@ def test_a_file_is_checked_once(tmp_path, hashed):
     assert len(hashed) == 1
     assert [(one.num_tokens, one.fingerprint) for one in opened] == [(300, opened[0].pairs[0].fingerprint)] * 3
     assert opened[2].fingerprint == hashlib.sha256(Path(f"{prefix}.idx").read_bytes()).hexdigest()
-    assert [one.bin_sha256() for one in opened] == [[hashlib.sha256(Path(f"{prefix}.bin").read_bytes()).hexdigest()]] * 3
+    content = hashlib.sha256(Path(f"{prefix}.bin").read_bytes()).hexdigest()
+    assert [one.bin_sha256() for one in opened] == [[content]] * 3
     IndexedDataset(prefix, remember=tmp_path / "cache").bin_sha256()
     assert len(hashed) == 4, "the .bin once for each that was opened before it was known, then no more"
     IndexedDataset(prefix)
@@ -88,10 +90,10 @@ def test_a_known_index_does_not_vouch_for_its_bin(tmp_path, hashed):
 
 def test_a_file_that_was_just_written_is_not_trusted(tmp_path, hashed, monkeypatch):
     """A write in the same tick of the clock as the check would show nowhere."""
-    prefix, seconds = write(tmp_path / "train"), 1.5
+    prefix = write(tmp_path / "train")
     written = (tmp_path / "train.idx").stat().st_ctime_ns
-    monkeypatch.setattr(indexed, "now_ns", lambda: int(written + seconds * 10**9))
     for times, seconds in enumerate((1.5, 2.0, 2.1, 2.1), 1):
+        monkeypatch.setattr(indexed, "now_ns", functools.partial(int, written + int(seconds * 10**9)))
         IndexedDataset(prefix, remember=tmp_path / "cache")
         assert len(hashed) == min(times, 3)
 
@@ -127,8 +129,8 @@ def test_what_is_remembered_is_held_against_its_own_hash(tmp_path, hashed):
     IndexedDataset(prefix, remember=tmp_path / "cache")
     (file,) = (tmp_path / "cache").iterdir()
     whole = file.read_text()
-    assert whole.replace('300', '301') != whole
-    hashes = [whole.replace('300', '301'), whole[:-9], "", "[]", "null", '{"sha256": 1, "files": 2}', "[" * 100_000]
+    assert whole.replace("300", "301") != whole
+    hashes = [whole.replace("300", "301"), whole[:-9], "", "[]", "null", '{"sha256": 1, "files": 2}', "[" * 100_000]
     for times, content in enumerate(hashes, 2):
         file.write_text(content)
         assert IndexedDataset(prefix, remember=tmp_path / "cache").num_tokens == 300
