@@ -42,9 +42,9 @@ class Pair:
         with self._damage():
             self.code, count, documents, sizes_at, pointers_at, documents_at = _index.read_header(self.idx)
         self.dtype = np.dtype(DTYPES[self.code])
-        self.sizes = np.frombuffer(self.idx, "<i4", count, sizes_at)  # tokens of each document
-        self.pointers = np.frombuffer(self.idx, "<i8", count, pointers_at)  # byte of each document in the .bin
-        self.document_indices = np.frombuffer(self.idx, "<i8", documents, documents_at)
+        self.sizes = np.frombuffer(memoryview(self.idx), "<i4", count, sizes_at)  # tokens of each document
+        self.pointers = np.frombuffer(memoryview(self.idx), "<i8", count, pointers_at)  # bytes in the .bin
+        self.document_indices = np.frombuffer(memoryview(self.idx), "<i8", documents, documents_at)
         self.num_tokens, self.fingerprint = 0, ""  # of verify
         self.bin = _map(self.bin_path, partner=self.idx_path)
 
@@ -164,7 +164,9 @@ class IndexedDataset:
         if offset < 0 or length < 0 or offset + length > size:
             raise IndexError(f"tokens {offset} to {offset + length} of document {document}, which has {size}")
         first = int(pair.pointers[own]) + offset * self.dtype.itemsize
-        return np.frombuffer(pair.bin, self.dtype, length, first) if length else np.empty(0, self.dtype)
+        if not length:
+            return np.empty(0, self.dtype)
+        return np.frombuffer(memoryview(pair.bin), self.dtype, length, first)
 
     def bin_sha256(self) -> list[str]:
         """Content hash of each pair's `.bin`, reading all of them, side by side."""

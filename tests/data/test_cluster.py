@@ -115,7 +115,9 @@ def test_scripts_that_are_shown_can_be_submitted_by_hand(folder, capsys):
     given = config(folder, "out", "slurm", cluster={"print": True, "partition": "long", "setup": "module load python"})
     assert executors.on_slurm(given, print) == 0
     shown = capsys.readouterr().out
-    assert shown.count("#!/bin/bash") == shown.count("#SBATCH --partition=long\n") == shown.count("\nmodule load python")
+    assert (
+        shown.count("#!/bin/bash") == shown.count("#SBATCH --partition=long\n") == shown.count("\nmodule load python")
+    )
     place = staging.folder_of(folder / "out")
     assert f"prepare --config {place}/config.yaml" in shown
     assert (place / "config.yaml").is_file()
@@ -141,10 +143,12 @@ def test_slurm_that_does_not_take_them(folder, monkeypatch, answer, said):
     assert json.loads((job.folder / "plan.json").read_text())["units"] == 4
 
 
-def test_a_missing_package_and_a_missing_cluster(folder, monkeypatch):
+def test_a_missing_package_is_named(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
         for executor in ("ray", "datatrove"):
-            with pytest.raises(UserError, match=rf'{executor} needs the package {executor}\. pip install "mainspring\['):
+            with pytest.raises(
+                UserError, match=rf'{executor} needs the package {executor}\. pip install "mainspring\['
+            ):
                 executors.executor(config(folder, "out", executor))
     assert executors.executor(config(folder, "out")) is None

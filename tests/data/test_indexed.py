@@ -263,6 +263,15 @@ def test_an_index_truncated_while_open_is_an_error_not_a_crash(tmp_path):
         read(3)
 
 
+def test_an_index_edited_while_open_leads_nowhere_outside_the_bin(tmp_path):
+    dataset, out = IndexedDataset(write(tmp_path / "train", documents_of([100]))), np.empty(5_000, np.int64)
+    with open(tmp_path / "train.idx", "r+b") as file:
+        file.seek(34)
+        file.write(struct.pack("<i", 10**6))
+    with pytest.raises(IndexError, match=r"a document leaves the \.bin"):
+        dataset.corpus.gather(np.array([[0, 5_000, 0]]), out, out.copy())
+
+
 def test_a_bin_replaced_while_open_is_read_as_it_was(tmp_path):
     old, new = documents_of([100], seed=1), documents_of([50], seed=2)
     dataset = IndexedDataset(write(tmp_path / "train", old))

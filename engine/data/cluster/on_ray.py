@@ -56,7 +56,9 @@ def _finish(ray: Any, step: str, waiting: list[Any]) -> None:
         finished, waiting = ray.wait(waiting)
         try:
             (bad,) = ray.get(finished)
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
+        except (
+            ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError
+        ) as error:  # fmt: skip
             problem = " ".join(str(error).split())[:200]
             raise Interrupted(f"a worker was lost in step {step}, again and again ({problem})", where="cluster.retries",
                               fix="Start it again: it goes on where it stopped.") from error  # fmt: skip

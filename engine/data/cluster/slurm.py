@@ -58,7 +58,7 @@ def _script(job: Job, name: str, array: int, words: list[str]) -> str:
 
 
 def submit(job: Job) -> list[str]:
-    """Writes the scripts and submits them, each behind the one before. Returns the ids. UserError where sbatch fails."""
+    """Writes the scripts and submits them, each behind the one before; their ids. UserError where sbatch fails."""
     folder = job.folder / "slurm"
     ids: list[str] = []
     for name, text in scripts(job):
@@ -74,8 +74,8 @@ def _sbatch(words: list[str]) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise UserError("there is no sbatch on this machine", where="executor slurm",
-                        fix="Start it on a login node, or look at the scripts with --cluster.print.") from None  # fmt: skip
+        fix = "Start it on a login node, or look at the scripts with --cluster.print."
+        raise UserError("there is no sbatch on this machine", where="executor slurm", fix=fix) from None
     number = done.stdout.strip().partition(";")[0]
     if done.returncode or not re.fullmatch(r"\d+", number):
         problem = " ".join((done.stderr or done.stdout).split())[:300]
