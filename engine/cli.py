@@ -12,7 +12,7 @@ from engine.runtime import command
 # name: (module with main(argv) -> exit code, one line for --help); imported only when called, for start-up time.
 COMMANDS = {
     "prepare": ("engine.data.prepare", "raw files -> tokenizer, .bin/.idx, manifest"),
-    "train-tokenizer": ("engine.data.train_tokenizer", "text -> BPE or unigram, tokenizer.json or SentencePiece .model"),
+    "train-tokenizer": ("engine.data.train_tokenizer", "text -> BPE or unigram, tokenizer.json or SentencePiece's"),
     "merge-data": ("engine.data.merge_data", "prepared directories of one tokenizer -> one, without copying tokens"),
     "export-data": ("engine.data.export_data", "prepared data -> Arrow, for datasets.load_from_disk"),
     "code-tasks": ("engine.data.code_tasks", "Python source -> instruction examples and preference pairs (JSONL)"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -72,14 +72,16 @@ def megatron(folder: Path, size: int) -> Work:
 
     _one_core()
     step = SEQ_LENGTH * GLOBAL_BATCH
+    tokenizer: Any = _Tokenizer()
     config = GPTDatasetConfig(
         random_seed=1234, sequence_length=SEQ_LENGTH, blend=([str(folder / "train")], None), split="1,0,0",
         path_to_cache=str(folder / "megatron_cache"), reset_position_ids=False, reset_attention_mask=False,
-        eod_mask_loss=False, create_attention_mask=False, tokenizer=_Tokenizer(),
+        eod_mask_loss=False, create_attention_mask=False, tokenizer=tokenizer,
     )  # fmt: skip
     steps = size // step
-    data = BlendedMegatronDatasetBuilder(GPTDataset, [(steps + 2) * GLOBAL_BATCH, None, None], lambda: True,
-                                         config).build()[0]
+    sizes: Any = [(steps + 2) * GLOBAL_BATCH, None, None]
+    builder: Any = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
+    data = builder.build()[0]
 
     def read(first: int, steps: int) -> int:
         total = 0

@@ -8,7 +8,7 @@ from engine.config.base import Section, option
 class ClusterConfig(Section):
     """Of no consequence for what is written. All machines must see input and output under the same paths."""
 
-    tasks: int = option(64, "jobs of a step at once (slurm), processes of a step (datatrove)", "tasks", ge=1, le=100_000)
+    tasks: int = option(64, "jobs of a step at once (slurm), processes of a step (datatrove)", "tasks", ge=1, le=10**5)
     cpus: int = option(1, "cores reserved for a task", "cores", ge=1)
     memory_gb: float = option(4, "memory reserved for a task", "GB", gt=0)
     retries: int = option(3, "times that a task is done again whose worker was lost (ray)", ge=0)

@@ -71,7 +71,7 @@ class PrepareConfig(Section):
     )
     tokenizer_kind: Literal["bpe", "unigram"] = option("bpe", "model to train; both give any text back exactly")
     tokenizer_form: Literal["huggingface", "sentencepiece"] = option(
-        "huggingface", "file to train: tokenizer.json, byte-level and fast, or a SentencePiece .model with byte fallback"
+        "huggingface", "file to train: tokenizer.json, byte-level and fast, or SentencePiece's .model, slower"
     )
     vocab_size: int | None = option(None, "vocabulary to train, specials included; 32768 if unset", "tokens", gt=0)
     special_tokens: int = option(

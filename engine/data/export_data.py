@@ -1,6 +1,6 @@
 """`mainspring export-data`: a prepared directory as an Arrow dataset, for programs that do not read `.bin/.idx`.
 
-`OUTPUT/SPLIT/data-00000-of-00003.arrow` … are Arrow streams with a column ``tokens`` (a list of uint16, or of int32 from
+`OUTPUT/SPLIT/data-00000-of-00003.arrow` … are Arrow streams with a column ``tokens`` (a list of uint16, of int32 from
 65,500 ids on, the end token included) and, with ``--text``, a column ``text``. Beside them lies what
 `datasets.load_from_disk(OUTPUT)` wants to find, and the tokenizer. Memory holds one batch; tokens go from the mapped
 file to the new one without another copy.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,9 @@ class _Split:
             count = max(1, int(np.searchsorted(ends_n, _BATCH_TOKENS, side="right")))
             ends_n = ends_n[:count]
             # Documents lie one behind another: opening the index has checked it.
-            ids = np.frombuffer(pair.bin, pair.dtype, int(ends_n[-1]), int(pair.pointers[first]))
+            ids = np.empty(0, pair.dtype)
+            if ends_n[-1]:
+                ids = np.frombuffer(memoryview(pair.bin), pair.dtype, int(ends_n[-1]), int(pair.pointers[first]))
             offsets = np.concatenate([[0], ends_n]).astype(np.int32)
             lists = self.arrow.ListArray.from_arrays(self.arrow.array(offsets), self.arrow.array(ids))
             columns = [lists.cast(schema.field("tokens").type)]
@@ -149,10 +151,11 @@ class _Split:
             "_split": split,
         }  # fmt: skip
         _write_json(self.folder / "state.json", state)
-        _write_json(self.folder / "dataset_info.json", {"citation": "", "description": "", "homepage": "", "license": ""})
+        info: dict[str, Any] = dict.fromkeys(("citation", "description", "homepage", "license"), "")
+        _write_json(self.folder / "dataset_info.json", info)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -178,13 +178,11 @@ def _read(stream: TokenStream, position_b: np.ndarray, seq_length: int) -> Batch
 
 def _batch(tokens_bs: np.ndarray, labels_bs: np.ndarray, loss_mask_bs: np.ndarray | None = None) -> Batch:
     tokens = torch.from_numpy(tokens_bs)
-    ones, positions = _constants(*tokens.shape)
-    mask = ones if loss_mask_bs is None else torch.from_numpy(loss_mask_bs)
-    return Batch(tokens, torch.from_numpy(labels_bs), mask, positions)
+    mask = torch.ones(tokens.shape) if loss_mask_bs is None else torch.from_numpy(loss_mask_bs)
+    # Each batch its own, which may be written, and each row its own, which Megatron slices and pins.
+    return Batch(tokens, torch.from_numpy(labels_bs), mask, _positions(*tokens.shape).clone())
 
 
 @functools.lru_cache(maxsize=8)
-def _constants(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A mask of ones, and positions; batches share them (a quarter of the time to read one), so nobody writes there.
-    Each row has its own positions, not an expanded view: Megatron slices and pins these tensors."""
-    return torch.ones(rows, length), torch.arange(length).repeat(rows, 1)
+def _positions(rows: int, length: int) -> torch.Tensor:
+    return torch.arange(length).repeat(rows, 1)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from engine import disk
+from engine.config.cluster import ClusterConfig
 from engine.config.prepare import PrepareConfig
 from engine.data import staging
-from engine.data.cluster import executors, slurm
+from engine.data.cluster import executors, on_ray, slurm
 from engine.data.prepare import begin, prepare
 from engine.data.preparing.job import Job
 from engine.errors import UserError
@@ -152,3 +153,13 @@ def test_a_missing_package_is_named(folder, monkeypatch):
             ):
                 executors.executor(config(folder, "out", executor))
     assert executors.executor(config(folder, "out")) is None
+
+
+def test_tasks_that_no_machine_can_hold_are_refused(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    nodes = [{"Resources": {"CPU": 2.0, "memory": 3e9}}, {"Resources": {"CPU": 1.0, "memory": 9e9}}]
+    for fits in ({"cpus": 2, "memory_gb": 3}, {"cpus": 1, "memory_gb": 9}, {"memory_gb": 99, "address": "ray://there"}):
+        on_ray._check_size(nodes, ClusterConfig(**fits))
+    for too_much in ({"cpus": 2, "memory_gb": 4}, {"cpus": 3, "memory_gb": 1}):
+        with pytest.raises(UserError, match=r"no machine has .* Lower --cluster\.cpus"):
+            on_ray._check_size(nodes, ClusterConfig(**too_much))

@@ -31,7 +31,8 @@ def sources(folder: Path, pairs: bool) -> list[dict]:
 
 def made(corpus: Path, folder: Path, pairs: bool, workers: int) -> dict[str, bytes]:
     """The entry's files."""
-    examples = {"train": sources(folder.parent / "rows", pairs), "template": "alpaca", "tokenizer": corpus / "tokenizer",
+    examples = {"train": sources(folder.parent / "rows", pairs), "template": "alpaca",
+                "tokenizer": corpus / "tokenizer",
                 "cache_dir": folder / "cache", "max_bad_fraction": 0.5, "validation_fraction": 0.2,
                 "workers": workers}  # fmt: skip
     cfg = tiny.config(corpus, folder / "run", model__seq_length=192,
@@ -70,6 +71,7 @@ def test_a_process_that_dies_is_one_line_and_leaves_nothing(corpus, tmp_path, pr
     monkeypatch.setattr(parallel, "command", lambda: [sys.executable, "-c", program])
     with pytest.raises(UserError) as caught:
         made(corpus, tmp_path / "own", pairs=False, workers=2)
-    assert str(caught.value) == (f"examples: a process that tokenizes examples died ({how}). Start it again; less memory "
+    assert str(caught.value) == (f"examples: a process that tokenizes examples died ({how}). "
+                                 "Start it again; less memory "
                                  "is needed with fewer examples.workers")  # fmt: skip
     assert [path.suffix for path in (tmp_path / "own/cache").iterdir()] == [".lock"]

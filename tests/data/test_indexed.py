@@ -372,7 +372,7 @@ def test_a_wrong_token_in_a_batch_is_named_by_its_document_and_nothing_of_the_ba
 
 def test_a_document_too_long_for_the_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(indexed_writer, "LONGEST", 9)
-    with pytest.raises(UserError, match="document 1 has 10 tokens, the format allows 9. Split the document"):
+    with pytest.raises(UserError, match=r"document 1 has 10 tokens, the format allows 9\. Split the document"):
         write(tmp_path / "train", [np.arange(9), np.arange(10)])
 
 

@@ -106,6 +106,18 @@ def test_a_batch_has_the_promised_tensors(data):
     assert batch.position_ids_bs.tolist() == [list(range(S))] * 3
 
 
+def test_what_is_written_into_a_batch_is_in_no_other(data):
+    with build(config(data), "train", dp_rank=0, dp_size=1) as loader:
+        first, second = loader.micro_batches(0, global_batch_size=6, micro_batch_size=3, seq_length=S)
+        for tensor in (first.tokens_bs, first.labels_bs, first.loss_mask_bs, first.position_ids_bs):
+            tensor.fill_(-1)
+        (again,) = loader.micro_batches(0, global_batch_size=3, micro_batch_size=3, seq_length=S)
+    for batch in (second, again):
+        assert batch.loss_mask_bs.eq(1).all()
+        assert batch.position_ids_bs.tolist() == [list(range(S))] * 3
+        assert batch.tokens_bs.min() >= 0
+
+
 @same_folder
 @given(position=st.integers(0, 4000), length=st.integers(1, S), gbs=st.integers(1, 6), mbs=st.sampled_from([1, 2]),
        workers=st.sampled_from([0, 2]))

@@ -143,7 +143,8 @@ def test_tokenizer_is_trained_on_the_training_documents_alone(corpus):
     training = texts_of(corpus.parent / "out", "train")
     assert manifest["tokenizer_sha256"] == train_tokenizer(training, 400).sha256
     size = sum(len(text.encode()) for text in training)
-    assert manifest["tokenizer"]["trained"] == {"kind": "bpe", "form": "huggingface", "documents": len(training), "bytes": size}
+    trained = {"kind": "bpe", "form": "huggingface", "documents": len(training), "bytes": size}
+    assert manifest["tokenizer"]["trained"] == trained
 
 
 def test_rerun_elsewhere_is_byte_identical(corpus, monkeypatch):

@@ -316,8 +316,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     paths = os.pathsep.join(path for path in sys.path if path)
     # A thread's stack takes address space too, 8 MB at once, and glibc keeps as many as it likes.
     small = "ulimit -S -s 1024; exec \"$@\""
-    done = subprocess.run(["bash", "-c", small, "-", sys.executable, "-c", MEASURE, tmp_path], capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": paths, "MALLOC_ARENA_MAX": "1"}, check=False)  # fmt: skip
+    command = ["bash", "-c", small, "-", sys.executable, "-c", MEASURE, tmp_path]
+    env = os.environ | {"PYTHONPATH": paths, "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["kept"] > 20_000
 

@@ -6,7 +6,10 @@ the step before is complete, and datatrove wants a number at the start.
 
 from __future__ import annotations
 
-from datatrove.data import DocumentsPipeline
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from datatrove.data import Document
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
@@ -25,9 +28,7 @@ class StepBlock(PipelineStep):
         super().__init__()
         self.folder, self.step = folder, step
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        from pathlib import Path
-
+    def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         job, step = Job(Path(self.folder)), step_named(self.step)
         for task in range(rank, step.tasks(job), world_size):
             with self.track_time("task"):

@@ -6,11 +6,13 @@ for ever for a process that was killed. Here the lost worker is Ray's own, and R
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from engine.config.cluster import ClusterConfig
 from engine.data.preparing.job import Job
 from engine.data.preparing.steps import STEPS, step_named
 from engine.errors import Interrupted, UserError
@@ -38,17 +40,28 @@ def run(job: Job) -> None:
         environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
         try:
             ray.init(address=address, runtime_env=environment, include_dashboard=False, log_to_driver=False,
-                     logging_level="error")  # fmt: skip
+                     logging_level=logging.ERROR)  # fmt: skip
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"no Ray cluster there ({' '.join(str(error).split())[:200]})", where="cluster.address",
                             fix="Start one with `ray start --head`.") from error  # fmt: skip
     try:
+        _check_size(ray.nodes(), config)
         remote = ray.remote(num_cpus=config.cpus, memory=int(config.memory_gb * 1e9), max_retries=config.retries)(work)
         for step in STEPS:
             _finish(ray, step.name, [remote.remote(str(job.folder), step.name, task) for task in step.open_tasks(job)])
     finally:
         if started:
             ray.shutdown()
+
+
+def _check_size(nodes: list[dict[str, Any]], config: ClusterConfig) -> None:
+    """Ray waits in silence for a machine that could hold a task. A cluster that is named may still grow one."""
+    if config.address or os.environ.get("RAY_ADDRESS"):
+        return
+    wanted = {"CPU": config.cpus, "memory": config.memory_gb * 1e9}
+    if not any(all(node["Resources"].get(name, 0) >= least for name, least in wanted.items()) for node in nodes):
+        raise UserError(f"no machine has {config.cpus} free cores and {config.memory_gb:g} GB for a task",
+                        where="executor ray", fix="Lower --cluster.cpus or --cluster.memory_gb.")  # fmt: skip
 
 
 def _finish(ray: Any, step: str, waiting: list[Any]) -> None:

@@ -47,7 +47,8 @@ def tokenizer(job: Job, task: int, folder: Path, context: Context) -> None:
             eod_token=config.eod_token or EOD, form=config.tokenizer_form,
         )  # fmt: skip
         made.save(folder / "model")
-        trained = {"kind": config.tokenizer_kind, "form": config.tokenizer_form, "documents": sample.documents, "bytes": sample.size}
+        trained = {"kind": config.tokenizer_kind, "form": config.tokenizer_form, "documents": sample.documents,
+                   "bytes": sample.size}
     (folder / TRAINED).write_text(json.dumps(trained), encoding="utf-8")
 
 
