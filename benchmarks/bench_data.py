@@ -3,7 +3,7 @@
 A job is a module of benchmarks/data: ``make(folder, size)`` writes its input once; ``SIDES`` are functions
 (folder, size) -> work, of which only ``work()`` is timed; ``compare(engine, other)`` says what is wrong with the
 results; ``BAR`` is how many times as fast the engine must be. A ratio is the median of the rounds' own ratios. A row
-fails when the results differ. ``--sizes`` measures a curve: both sides where they can be had in reasonable time.
+fails when the results differ. ``--curve`` goes through a job's ``CURVE`` of sizes, each side up to its ``LARGEST``.
 
 Memory is private memory of the process tree above that before the work: pages of mapped files are not in it.
 """
@@ -43,6 +43,7 @@ def add_options(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, help="instead of each job's own size")
     parser.add_argument("--sizes", help="a curve: several sizes, by comma, one round each")
+    parser.add_argument("--curve", action="store_true", help="a curve at the sizes that each job names")
     parser.add_argument("--work", type=Path, help="where inputs are made (a temporary folder, removed afterwards)")
 
 
@@ -51,7 +52,11 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
     names = jobs() if options.jobs == "all" else options.jobs.split(",")
     for name in names:
         module = importlib.import_module(f"benchmarks.data.{name}")
-        sizes = [int(size) for size in options.sizes.split(",")] if options.sizes else [options.size or module.SIZE]
+        sizes = [options.size or module.SIZE]
+        if options.curve:
+            sizes = list(getattr(module, "CURVE", ()))
+        elif options.sizes:
+            sizes = [int(size) for size in options.sizes.split(",")]
         for size in sizes:
             folder = Path(tempfile.mkdtemp(prefix=f"bench_{name}_", dir=options.work))
             try:
@@ -67,7 +72,7 @@ def _job(name: str, module: ModuleType, folder: Path, size: int, options: argpar
     limits = getattr(module, "LARGEST", {})
     sides = [side for side in module.SIDES if side in wanted and size <= limits.get(side, size)]
     rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    for _ in range(1 if options.sizes else options.rounds):
+    for _ in range(1 if options.sizes or options.curve else options.rounds):
         for side in sides:
             rounds[side].append(measure(name, side, folder, size))
     first = sides[0]

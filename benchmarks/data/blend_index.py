@@ -14,6 +14,7 @@ import numpy as np
 UNIT = "samples"
 SIZE = 100_000_000
 BAR = 5.0
+CURVE = (10**5, 10**6, 10**7, 10**8)
 
 WEIGHTS = [0.5, 0.2, 0.15, 0.1, 0.05]
 _RUN = 1 << 20

@@ -24,6 +24,7 @@ import numpy as np
 UNIT = "documents"
 SIZE = 1_000_000
 BAR = 2.0
+CURVE = (10**4, 10**5, 10**6)
 
 PERMUTATIONS, BANDS, THRESHOLD = 128, 16, 0.8
 UNIT_DOCUMENTS = 50_000

@@ -16,6 +16,8 @@ import numpy as np
 UNIT = "examples"
 SIZE = 1_000_000
 BAR = 50.0
+CURVE = (10**5, 10**6, 10**7, 10**8)
+LARGEST = {"first-fit in Python": 10**6}
 
 CAPACITY = 4096
 _FIRST_FIT_EXAMPLES = 20_000

@@ -19,8 +19,10 @@ from engine.data.indexed import IndexedDataset
 from engine.data.tokenizer import load_tokenizer, train_tokenizer
 
 UNIT = "bytes"
-SIZE = 200_000_000
+SIZE = 100_000_000
 BAR = 5.0
+CURVE = (10**6, 10**7, 10**8, 10**9)
+LARGEST = {"megatron": 10**7}
 _VOCABULARY = 32_000
 _TRAINED_BYTES = 16_000_000
 _CHUNK = 32  # lines that a process of the pool takes at once, as in preprocess_data.py

@@ -17,6 +17,7 @@ import numpy as np
 UNIT = "documents"
 SIZE = 100_000_000
 BAR = 3.0
+CURVE = (10**5, 10**6, 10**7, 10**8)
 
 SEQ_LENGTH = 4096
 _PROBES = 20_000

@@ -147,6 +147,7 @@ def test_a_merge_is_the_inputs_one_behind_another(made, shards, tmp_path):
         assert manifest["splits"][split]["tokens"] == sum(map(len, expected))
         assert open_split(tmp_path / "all", split).tokenizer_sha256 == manifest["tokenizer_sha256"]
     assert manifest["documents"]["kept"] == 60 + 90 + 20
+    assert all(path.stat().st_size for path in (tmp_path / "all").glob("*.bin"))  # d has no validation
     assert len(list((tmp_path / "all").glob("train*.bin"))) == (5 if shards == "many" else 1)
     # lineage: each raw file, and each unit's documents where shards.jsonl says
     sources = [json.loads(line) for line in (tmp_path / "all/sources.jsonl").open()]
