@@ -11,7 +11,7 @@ SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.hp
 
 # What reads bytes that others wrote, under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
 CHECKED   = build/sanitized
-SANITIZED = $(addprefix tests/data/test_,indexed.py samples.py index_cache.py blend.py packing.py fast_bpe.py text_scan.py \
+SANITIZED = $(addprefix tests/data/test_,indexed.py samples.py shards.py verified.py index_cache.py blend.py packing.py fast_bpe.py text_scan.py \
   cleaning.py contamination.py dedup.py near_dedup.py minhash.py)
 
 .PHONY: demo pipeline test sanitize lint layouts bench clean

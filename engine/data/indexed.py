@@ -25,6 +25,7 @@ from engine.errors import UserError
 __all__ = ["DTYPES", "IndexedDataset", "IndexedDatasetWriter", "Pair", "dtype_code", "prefixes_of", "reading",
            "shard_name"]
 _REBUILD = "Prepare the data again (`mainspring prepare`) or copy the file anew"
+_SMALL = 1 << 20  # bytes: read before threads have started
 _SHARD = re.compile(r"-(\d{5,})-of-(\d{5,})\.(bin|idx)$")
 
 
@@ -102,20 +103,15 @@ class IndexedDataset:
             self._first.append(self._first[-1] + len(pair.sizes))
 
     def _verify(self) -> None:
-        began, threads = now_ns(), 0 if len(self.pairs) == 1 else 1
+        began = now_ns()
         known = [self._verified.recall(pair.idx_path, pair.idx) for pair in self.pairs]
         unknown = [pair for pair, found in zip(self.pairs, known, strict=True) if not found]
         for pair, found in zip(self.pairs, known, strict=True):
             if found:
                 pair.num_tokens, pair.fingerprint = found["tokens"], found["sha256"]
-        if unknown:
-            with ThreadPoolExecutor(min(2 * len(unknown), max(2, _cores()))) as pool:
-                tokens = [pool.submit(pair.check_tables, threads) for pair in unknown]
-                hashes = [pool.submit(_sha256, pair.idx) for pair in unknown]
-                for pair, count, fingerprint in zip(unknown, tokens, hashes, strict=True):
-                    pair.num_tokens, pair.fingerprint = count.result(), fingerprint.result()
-                    facts = {"tokens": pair.num_tokens, "sha256": pair.fingerprint}
-                    self._verified.note(pair.idx_path, pair.idx, facts, began)
+        for pair, (tokens, fingerprint) in zip(unknown, _check(unknown), strict=True):
+            pair.num_tokens, pair.fingerprint = tokens, fingerprint
+            self._verified.note(pair.idx_path, pair.idx, {"tokens": tokens, "sha256": fingerprint}, began)
         for pair in self.pairs:
             pair.check_bin(len(pair.bin))
         self._verified.save()
@@ -179,6 +175,16 @@ class IndexedDataset:
                 self._verified.note(pair.bin_path, pair.bin, {"sha256": value}, began)
         self._verified.save()
         return hashes
+
+
+def _check(pairs: Sequence[Pair]) -> list[tuple[int, str]]:
+    """(tokens, SHA-256) of each index, after a check of every entry: side by side, where they are not soon read."""
+    if sum(len(pair.idx) for pair in pairs) < _SMALL:
+        return [(pair.check_tables(1), _sha256(pair.idx)) for pair in pairs]
+    with ThreadPoolExecutor(min(2 * len(pairs), max(2, _cores()))) as pool:
+        tokens = [pool.submit(pair.check_tables, 0 if len(pairs) == 1 else 1) for pair in pairs]
+        hashes = [pool.submit(_sha256, pair.idx) for pair in pairs]
+        return [(count.result(), sha256.result()) for count, sha256 in zip(tokens, hashes, strict=True)]
 
 
 @contextlib.contextmanager

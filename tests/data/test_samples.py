@@ -9,6 +9,7 @@ from pathlib import Path
 
 import naive_order as naive
 import numpy as np
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -202,6 +203,46 @@ def test_a_batch_does_not_depend_on_threads(tmp_path):
     index = SampleIndex(dataset, 16, 1, IndexCache(None))
     turns = np.random.default_rng(1).integers(0, 5 * index.blocks_per_epoch, 100).tolist()
     assert read_turns(index, turns) == read_turns(index, turns, 4) == read_turns(index, turns, 0)
+
+
+def test_the_smallest_and_largest_token_are_those_of_all_pieces(tmp_path):
+    """Each token is its place in the file, and pieces come in any order: none of them alone has both."""
+    index = SampleIndex(write(tmp_path / "train", [60]), 4, 0, IndexCache(None))
+    other = SampleIndex(write(tmp_path / "other", [60], 1000), 4, 0, IndexCache(None))
+    tokens, labels = np.empty(12, np.int64), np.empty(12, np.int64)
+    for order in ([8, 50, 20], [50, 20, 8], [20, 8, 50]):
+        pieces = np.array([[token, 4, 4 * place] for place, token in enumerate(order)])
+        for threads in (1, 3):
+            assert index.dataset.corpus.gather(pieces, tokens, labels, threads) == (8, 54)
+    turns = [index.locate(np.arange(14))[1].tolist().index(block) for block in (7, 2, 11, 5)]
+    for order in ([0, 1, 2, 3], [2, 3, 0, 1], [1, 2, 3, 0]):
+        pieces = np.array([[n % 2, turns[n], 0, 3, 3 * place] for place, n in enumerate(order)])
+        for threads in (1, 3):
+            found = _index.gather([index.order, other.order], pieces, tokens, labels, threads)
+            assert found == [(28, 47), (1008, 1023)]
+
+
+def test_few_epochs_are_in_memory(tmp_path):
+    """Of 10^8 documents an epoch takes 1.6 MB, of which only the last few are kept."""
+    documents, groups = 10**8, -(-(10**8) // GROUP)
+    with open(tmp_path / "train.idx", "wb") as idx:
+        idx.write(struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, documents, documents + 1))
+        idx.truncate(34 + 20 * documents + 8)
+    (tmp_path / "train.bin").touch()
+    os.truncate(tmp_path / "train.bin", 2 * documents)
+    files = [_index.Map(str(tmp_path / f"train.{end}")) for end in ("idx", "bin")]
+    totals = np.full(groups, documents // groups, np.int64)
+    totals[: documents % groups] += 1
+    order = _index.SampleOrder(_index.Corpus([(*files, documents)]), totals, 1000, 0)
+
+    def private() -> int:
+        memory = psutil.Process().memory_info()
+        return memory.rss - memory.shared
+
+    order.locate(np.array([0]))
+    before = private()
+    order.locate(np.arange(50) * order.blocks)
+    assert private() - before < 30e6, "50 epochs are 80 MB"
 
 
 def test_every_block_comes_once_an_epoch_and_epochs_differ(tmp_path):

@@ -20,7 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from engine import _index
 from engine.data import concatenate as concatenate_module
-from engine.data import indexed_writer, verified
+from engine.data import indexed, indexed_writer, verified
 from engine.data.concatenate import concatenate
 from engine.data.index_cache import IndexCache
 from engine.data.indexed import IndexedDataset, IndexedDatasetWriter, shard_name
@@ -122,8 +122,10 @@ def test_shards_that_cannot_be_one_dataset_are_refused(tmp_path):
     assert "shard 2 of 2 cannot be" in refused(IndexedDataset, tmp_path / "b")
 
 
-def test_damage_in_any_shard_is_found_at_open(tmp_path):
+@pytest.mark.parametrize("small", [0, 2**20], ids=["in threads", "in turn"])
+def test_damage_in_any_shard_is_found_at_open(tmp_path, monkeypatch, small):
     """Promise 15 for shards: a truncated or flipped file is refused by its own name."""
+    monkeypatch.setattr(indexed, "_SMALL", small)
     prefixes = write_shards(tmp_path / "train", [[5, 3], [0, 7], [2, 1]])
     for prefix in prefixes:
         for end, whole in zip(("bin", "idx"), bytes_of(prefix), strict=True):
