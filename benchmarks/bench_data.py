@@ -70,9 +70,10 @@ def _job(name: str, module: ModuleType, folder: Path, size: int, options: argpar
     wanted = options.sides.split(",") if options.sides else list(module.SIDES)
     # A side that cannot be had at every size (days in Python, or out of memory) says up to where it is measured.
     limits = getattr(module, "LARGEST", {})
-    sides = [side for side in module.SIDES if side in wanted and size <= limits.get(side, size)]
+    curve = options.curve or options.sizes
+    sides = [side for side in module.SIDES if side in wanted and (not curve or size <= limits.get(side, size))]
     rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    for _ in range(1 if options.sizes or options.curve else options.rounds):
+    for _ in range(1 if curve else options.rounds):
         for side in sides:
             rounds[side].append(measure(name, side, folder, size))
     first = sides[0]

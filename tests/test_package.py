@@ -41,7 +41,7 @@ with engine.restore("by_program") as model:
     text = engine.generate.continuations(model, "def ", max_new_tokens=4, temperature=0.0)[0]
     loss = engine.evaluate.run(model)["loss"]
     same = model.tokenizer.sha256 == engine.load_tokenizer("data/tokenizer").sha256 == manifest["tokenizer_sha256"]
-import engine_kernels, engine._index, engine_kernels._cpu
+import engine_kernels, engine._dedup, engine._index, engine._text, engine._tokenize, engine_kernels._cpu
 print(json.dumps({"quick": quick, "step": state.step, "text": text, "loss": loss, "same": same, "refused": refused,
                   "files": [engine.__file__, engine._index.__file__, engine_kernels._cpu.__file__]}))
 """
@@ -96,7 +96,7 @@ def check_contents(wheel: Path) -> None:
     assert {name for name in wanted if "__pycache__" not in name} <= set(names)
     assert {"engine/py.typed", "engine_kernels/py.typed"} <= set(names)
     extensions = sorted(name.split(".")[0] for name in names if name.endswith(".so"))
-    assert extensions == ["engine/_index", "engine_kernels/_cpu"]
+    assert extensions == ["engine/_dedup", "engine/_index", "engine/_text", "engine/_tokenize", "engine_kernels/_cpu"]
     assert not [name for name in names if "test" in name or name.endswith((".cpp", ".hpp", ".h"))]
 
 

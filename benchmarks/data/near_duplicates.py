@@ -162,7 +162,10 @@ SIDES = {"engine": engine, "rensa": rensa, "rensa flags": rensa_flags, "rensa rh
 
 
 def compare(engine: dict, other: dict) -> str:
-    """The engine finds as many of the clear copies, give or take the chance of a signature, and drops less wrongly."""
-    if engine["recall"] < min(other["recall"], 0.999) - 0.005:
+    """The engine finds as many of the clear copies, give or take the chance of a signature, and drops hardly any wrongly.
+
+    Who flags whatever met another, originals too, does another job: only its time is beside ours.
+    """
+    if other["wrong"] < 0.1 and engine["recall"] < min(other["recall"], 0.999) - 0.005:
         return f"recall {engine['recall']} beside {other['recall']}"
     return f"{engine['wrong']} dropped wrongly" if engine["wrong"] > 0.001 else ""

@@ -102,14 +102,14 @@ def test_cases_are_whole(op):
 def without_numbers(page: str, targets: tuple[int, ...]) -> list[str]:
     """The resource table's rows by op, kernel, constants and target."""
     rows = ["|".join(line.split("|")[:5]) for line in page.splitlines() if "| sm_" in line]
-    return [row for row in rows if row.endswith(tuple(f"| sm_{target} " for target in targets))]
+    return sorted(row for row in rows if row.endswith(tuple(f"| sm_{target} " for target in targets)))
 
 
 def test_the_page_has_all_targets_and_no_spills():
     rows = [line.split("|") for line in (ROOT / "docs/kernels.md").read_text().splitlines() if "| sm_" in line]
-    kernels = {target: {tuple(row[1:4]) for row in rows if row[4] == f" sm_{target} "} for target in ahead.TARGETS}
-    assert len({frozenset(names) for names in kernels.values()}) == 1
-    assert kernels[90]
+    ops = {target: {row[1] for row in rows if row[4] == f" sm_{target} "} for target in ahead.TARGETS}
+    assert ops[80] == ops[90] == ops[100]
+    assert len(ops[90]) > 20
     assert {row[6].strip() for row in rows} == {"0"}
 
 
