@@ -162,7 +162,7 @@ SIDES = {"engine": engine, "rensa": rensa, "rensa flags": rensa_flags, "rensa rh
 
 
 def compare(engine: dict, other: dict) -> str:
-    """The engine finds as many of the clear copies, give or take the chance of a signature, and drops hardly any wrongly.
+    """The engine finds as many clear copies, give or take the chance of a signature, and drops hardly any wrongly.
 
     Who flags whatever met another, originals too, does another job: only its time is beside ours.
     """
