@@ -334,4 +334,5 @@ def test_a_known_dataset_of_a_billion_documents_starts_in_a_second(tmp_path, mon
     _index.gather([index.order], pieces, tokens, np.empty_like(tokens))
     elapsed += time.perf_counter() - begun
     assert not tokens.any()
-    assert elapsed < 1, f"{elapsed:.2f} s"
+    limit = 120 if os.environ.get("MAINSPRING_SANITIZED") else 1  # the sanitizers' code is no measure of time
+    assert elapsed < limit, f"{elapsed:.2f} s"
